@@ -1,0 +1,238 @@
+//! The model: one description for every family.
+//!
+//! A family's own file (`mixtral.rs`, `qwen3_moe.rs`, …) reads its `config.json` into [`ModelSpec`]; from there on
+//! nothing asks for the family's name except the names of tensors on disk.
+
+use crate::DType;
+
+/// Which `model_type` the description came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// `mixtral`
+    Mixtral,
+    /// `qwen3_moe`
+    Qwen3Moe,
+    /// `olmoe`
+    Olmoe,
+    /// `deepseek_v3` (and `kimi_k2`, the same architecture)
+    DeepseekV3,
+    /// `moesaic_paper`: the models of the papers that the project comes from
+    Paper,
+}
+
+/// A decoder-only Mixture-of-Experts transformer with pre-norm (RMSNorm) residual blocks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSpec {
+    /// Where it came from; decides the names of tensors on disk.
+    pub family: Family,
+    /// Rows of the embedding and of the head.
+    pub vocab_size: usize,
+    /// Width of the residual stream (D).
+    pub hidden_size: usize,
+    /// Longest context in tokens.
+    pub max_position_embeddings: usize,
+    /// Added to the mean square inside every RMSNorm.
+    pub rms_norm_eps: f32,
+    /// The head is the transposed embedding.
+    pub tie_word_embeddings: bool,
+    /// The same in every layer.
+    pub attention: Attention,
+    /// Rotary position embedding.
+    pub rope: Rope,
+    /// The feed-forward half of each decoder layer, in order; its length is the number of layers.
+    pub layers: Vec<Ffn>,
+    /// Element type of the matrices in the checkpoint.
+    pub dtype: DType,
+    /// For FP8 checkpoints, the block `[rows, cols]` that shares one `weight_scale_inv`.
+    pub fp8_block: Option<[usize; 2]>,
+    /// Multi-token-prediction layers that the checkpoint carries after the last layer; recognised and skipped.
+    pub num_mtp_layers: usize,
+}
+
+/// How tokens look at each other.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Attention {
+    /// Grouped-query attention; multi-head attention is `num_kv_heads == num_heads`.
+    Gqa(Gqa),
+    /// Multi-head latent attention (DeepSeek-V2, section 2.1).
+    Mla(Mla),
+}
+
+/// Grouped-query attention.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gqa {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// RMSNorm on queries and keys before RoPE.
+    pub qk_norm: QkNorm,
+    /// Queries, keys and values are clamped to ±this before the norm (OLMoE).
+    pub clip_qkv: Option<f32>,
+    /// A token sees at most this many last tokens, itself included.
+    pub sliding_window: Option<usize>,
+    /// q, k, v and o projections have a bias.
+    pub bias: bool,
+}
+
+/// Where queries and keys are normalised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Not at all.
+    None,
+    /// Each head apart, one weight of `head_dim` for all heads (Qwen3).
+    PerHead,
+    /// Over all heads at once, a weight of `num_heads * head_dim` (OLMoE).
+    FullWidth,
+}
+
+/// Multi-head latent attention. A token's cache entry is `kv_lora_rank + qk_rope_head_dim` values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mla {
+    /// Heads.
+    pub num_heads: usize,
+    /// Rank of the query's low-rank projection; `None` projects directly.
+    pub q_lora_rank: Option<usize>,
+    /// Rank of the shared key/value latent.
+    pub kv_lora_rank: usize,
+    /// Width of a head's position-free query/key part.
+    pub qk_nope_head_dim: usize,
+    /// Width of the rotary query/key part; the key's is shared by all heads.
+    pub qk_rope_head_dim: usize,
+    /// Width of a head's value.
+    pub v_head_dim: usize,
+}
+
+/// Rotary position embedding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Pairs are neighbours (2i, 2i+1) on disk; otherwise halves (i, i + dim/2).
+    pub interleaved: bool,
+    /// Stretching to longer contexts.
+    pub scaling: RopeScaling,
+}
+
+/// Stretching of rotary positions.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// As trained.
+    None,
+    /// Positions divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// YaRN (arXiv 2309.00071): frequencies blended between interpolation and extrapolation.
+    Yarn {
+        /// Context extension.
+        factor: f64,
+        /// Context before the extension, tokens.
+        original_max_position_embeddings: usize,
+        /// Rotations at which extrapolation is complete.
+        beta_fast: f64,
+        /// Rotations at which interpolation is complete.
+        beta_slow: f64,
+        /// DeepSeek's numerator of the attention temperature.
+        mscale: f64,
+        /// DeepSeek's denominator, also applied to the softmax scale, squared.
+        mscale_all_dim: f64,
+        /// Explicit factor on cos and sin, instead of the one that follows from `factor`.
+        attention_factor: Option<f64>,
+        /// Round the correction range to whole dimensions.
+        truncate: bool,
+    },
+}
+
+/// The feed-forward half of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Ffn {
+    /// One MLP for all tokens.
+    Dense(Mlp),
+    /// Routed experts.
+    Moe(Moe),
+}
+
+/// A dense MLP.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mlp {
+    /// Hidden width (F).
+    pub intermediate_size: usize,
+    /// Non-linearity, and with it the number of matrices.
+    pub activation: Activation,
+}
+
+/// The non-linearity of an MLP or expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `down(silu(gate(x)) * up(x))`, three matrices.
+    SwiGlu,
+    /// `down(gelu_tanh(up(x)))`, two matrices.
+    Gelu,
+}
+
+/// A layer of routed experts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moe {
+    /// Routed experts (E).
+    pub num_experts: usize,
+    /// Experts that a token goes to (K).
+    pub top_k: usize,
+    /// Hidden width of one expert (F).
+    pub intermediate_size: usize,
+    /// Non-linearity of the experts, the shared one included.
+    pub activation: Activation,
+    /// How experts are chosen and weighted.
+    pub router: Router,
+    /// Hidden width of the shared expert that every token passes (all shared experts side by side); 0 is none.
+    pub shared_intermediate_size: usize,
+    /// Limit on tokens per expert; `None` drops nothing.
+    pub capacity: Option<Capacity>,
+}
+
+/// How experts are chosen and weighted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Router {
+    /// Logits to scores.
+    pub scoring: Scoring,
+    /// The K chosen scores are divided by their sum.
+    pub norm_topk_prob: bool,
+    /// A learned bias is added to the scores for choosing, not for weighting (DeepSeek-V3).
+    pub correction_bias: bool,
+    /// Experts are split into this many groups …
+    pub n_group: usize,
+    /// … of which the best so many (by the sum of their two best scores) may be chosen from.
+    pub topk_group: usize,
+    /// Factor on the final weights.
+    pub routed_scaling_factor: f32,
+}
+
+/// Logits to scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scoring {
+    /// Over all experts.
+    Softmax,
+    /// Each expert apart.
+    Sigmoid,
+}
+
+/// Expert capacity: at most `ceil(factor * K * n / E)` of a sequence's `n` tokens go to one expert.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Capacity {
+    /// 1.0 is a perfectly balanced load.
+    pub factor: f32,
+    /// Which tokens lose their place.
+    pub policy: DropPolicy,
+}
+
+/// Which tokens lose their place at a full expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropPolicy {
+    /// The lowest gate first.
+    Probs,
+    /// The latest position first.
+    Position,
+}
