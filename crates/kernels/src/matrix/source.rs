@@ -59,13 +59,20 @@ impl<'a> SourceMatrix<'a> {
         self.scales.map_or(1.0, |s| s.factors[row / s.block[0] * self.cols.div_ceil(s.block[1]) + col / s.block[1]])
     }
 
+    /// Hands `put` the elements of `row` from `col` on, with their places.
     #[inline(always)]
-    fn run<const SIZE: usize>(&self, row: usize, col: usize, len: usize) -> impl Iterator<Item = [u8; SIZE]> {
-        let (start, step) =
-            if self.transposed { (col * self.rows + row, self.rows) } else { (row * self.cols + col, 1) };
-        let bytes = &self.bytes[start * SIZE..(start + (len - 1) * step + 1) * SIZE];
-        let chunks = bytes.chunks_exact(SIZE).step_by(step);
-        chunks.map(|chunk| chunk.try_into().expect("chunks have this size"))
+    fn each<const SIZE: usize>(&self, row: usize, col: usize, len: usize, mut put: impl FnMut(usize, [u8; SIZE])) {
+        let array = |chunk: &[u8]| -> [u8; SIZE] { chunk.try_into().expect("chunks have this size") };
+        if self.transposed {
+            for i in 0..len {
+                let at = ((col + i) * self.rows + row) * SIZE;
+                put(i, array(&self.bytes[at..at + SIZE]));
+            }
+        } else {
+            let at = (row * self.cols + col) * SIZE;
+            let chunks = self.bytes[at..at + len * SIZE].chunks_exact(SIZE);
+            chunks.enumerate().for_each(|(i, chunk)| put(i, array(chunk)));
+        }
     }
 
     /// `out.len()` elements of `row` from `col` on, as F32, scales applied.
@@ -73,36 +80,55 @@ impl<'a> SourceMatrix<'a> {
     pub(super) fn read_f32(&self, row: usize, col: usize, out: &mut [f32]) {
         let len = out.len();
         match self.dtype {
-            DType::F32 => out.iter_mut().zip(self.run(row, col, len)).for_each(|(o, b)| *o = f32::from_le_bytes(b)),
-            DType::BF16 => (out.iter_mut().zip(self.run(row, col, len)))
-                .for_each(|(o, b)| *o = f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
-            DType::F16 => (out.iter_mut().zip(self.run(row, col, len)))
-                .for_each(|(o, b)| *o = half::f16::from_le_bytes(b).to_f32_const()),
-            _ => (out.iter_mut().zip(self.run::<1>(row, col, len)).enumerate())
-                .for_each(|(i, (o, [code]))| *o = fp8::to_f32(code) * self.scale(row, col + i)),
+            DType::F32 => self.each(row, col, len, |i, b| out[i] = f32::from_le_bytes(b)),
+            DType::BF16 => {
+                self.each(row, col, len, |i, b| out[i] = f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16));
+            }
+            DType::F16 => self.each(row, col, len, |i, b| out[i] = f16_to_f32(u16::from_le_bytes(b))),
+            _ => {
+                self.each::<1>(row, col, len, |i, [code]| out[i] = fp8::to_f32(code));
+                let Some(scales) = self.scales else { return };
+                let mut from = 0;
+                while from < len {
+                    let to = len.min((col + from) / scales.block[1] * scales.block[1] + scales.block[1] - col);
+                    let factor = self.scale(row, col + from);
+                    out[from..to].iter_mut().for_each(|out| *out *= factor);
+                    from = to;
+                }
+            }
         }
     }
 
     /// The same as BF16 bits, rounded to nearest even, subnormals flushed.
     #[inline(always)]
     pub(super) fn read_bf16(&self, row: usize, col: usize, out: &mut [u16]) {
+        let len = out.len();
         if self.dtype == DType::BF16 {
-            let elements = self.run(row, col, out.len());
-            out.iter_mut().zip(elements).for_each(|(o, b)| *o = flush_bf16(u16::from_le_bytes(b)));
-            return;
+            return self.each(row, col, len, |i, b| out[i] = flush_bf16(u16::from_le_bytes(b)));
         }
         let mut wide = [0.0; super::TILE_K];
-        let wide = &mut wide[..out.len()];
-        self.read_f32(row, col, wide);
-        out.iter_mut().zip(wide).for_each(|(o, v)| *o = flush_bf16(round_bf16(*v)));
+        self.read_f32(row, col, &mut wide[..len]);
+        out.iter_mut().zip(wide).for_each(|(o, v)| *o = flush_bf16(round_bf16(v)));
     }
 
     /// The codes of an F8 E4M3 source.
     #[inline(always)]
     pub(super) fn read_codes(&self, row: usize, col: usize, out: &mut [u8]) {
-        let codes = self.run::<1>(row, col, out.len());
-        out.iter_mut().zip(codes).for_each(|(o, [code])| *o = code);
+        let len = out.len();
+        self.each::<1>(row, col, len, |i, [code]| out[i] = code);
     }
+}
+
+/// Exact; without branches, so that loops become vector instructions.
+#[inline(always)]
+fn f16_to_f32(bits: u16) -> f32 {
+    let magnitude = i32::from(bits & 0x7fff);
+    // 2^(exponent - 15) × 1.mantissa: F32's bias is 127.
+    let normal = ((magnitude << 13) + (112 << 23)) as u32;
+    let subnormal = (magnitude as f32 * (1.0 / (1 << 24) as f32)).to_bits();
+    let wide = if magnitude < 0x400 { subnormal } else { normal };
+    let wide = if magnitude >= 0x7c00 { (magnitude as u32) << 13 | 0x7f80_0000 } else { wide };
+    f32::from_bits(wide | u32::from(bits & 0x8000) << 16)
 }
 
 /// Rounds to BF16, to nearest even; NaN stays NaN.
