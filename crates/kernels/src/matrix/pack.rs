@@ -112,6 +112,9 @@ struct PanelJob<'a> {
 /// Rows of a tile before it is transposed: 16 `n` × 16 pairs of `k`.
 type Rows = [[u16; TILE_K]; TILE_N];
 
+/// Tiles of BF16 that are filled together.
+const CHUNK_TILES: usize = 4;
+
 #[inline(always)]
 fn panel_any(
     dtype: DType,
@@ -130,19 +133,24 @@ fn panel_any(
 #[inline(always)]
 fn panel_bf16(job: &PanelJob, tiles: &mut [u8], transpose: impl Fn(&Rows, &mut [u8; 1024])) {
     let cols = job.src.cols;
-    let mut rows: Rows = [[0; TILE_K]; TILE_N];
-    for (tile_idx, tile) in tiles.chunks_exact_mut(1024).enumerate() {
-        let tile: &mut [u8; 1024] = tile.try_into().expect("a tile");
-        let k = tile_idx * TILE_K;
-        let len = TILE_K.min(cols - k);
+    // Several tiles at once: rows are far apart in the source, and each visit should take more than a cache line.
+    let mut chunk: [Rows; CHUNK_TILES] = [[[0; TILE_K]; TILE_N]; CHUNK_TILES];
+    for (chunk_idx, tiles) in tiles.chunks_mut(CHUNK_TILES * 1024).enumerate() {
+        let k = chunk_idx * CHUNK_TILES * TILE_K;
         for (row, lane) in (job.src_row..).zip(job.lanes.clone()) {
-            job.src.read_bf16(row, k, &mut rows[lane][..len]);
-            rows[lane][len..].fill(0);
+            for (tile_idx, rows) in chunk.iter_mut().enumerate() {
+                let k = k + tile_idx * TILE_K;
+                if k < cols {
+                    job.src.read_bf16((row, k, TILE_K.min(cols - k)), &mut rows[lane]);
+                }
+            }
         }
-        if job.lanes.len() == TILE_N {
-            transpose(&rows, tile);
-        } else {
-            scatter(&rows, &job.lanes, tile);
+        for (rows, tile) in chunk.iter().zip(tiles.chunks_exact_mut(1024)) {
+            if job.lanes.len() == TILE_N {
+                transpose(rows, tile.try_into().expect("a tile"));
+            } else {
+                scatter(rows, &job.lanes, tile);
+            }
         }
     }
 }
@@ -160,22 +168,26 @@ fn transpose_any(rows: &Rows, tile: &mut [u8; 1024]) {
 
 #[inline(always)]
 fn panel_f32(job: &PanelJob, panel: &mut [u8], transpose: impl Fn(&Rows, &mut [u8; 1024])) {
-    // Half a block of columns has the shape of a BF16 tile: 16 rows of 64 bytes, transposed by 4 bytes.
-    let mut rows: Rows = [[0; TILE_K]; TILE_N];
-    let mut values = [0f32; TILE_K / 2];
-    for (block_idx, block) in panel.chunks_mut(1024).enumerate() {
+    // Sixteen columns have the shape of a BF16 tile: 16 rows of 64 bytes, transposed by 4 bytes.
+    let mut halves: [Rows; 2] = [[[0; TILE_K]; TILE_N]; 2];
+    let mut values = [0f32; TILE_K];
+    for (block_idx, block) in panel.chunks_mut(2048).enumerate() {
         let len = block.len() / (TILE_N * 4);
         for (row, lane) in (job.src_row..).zip(job.lanes.clone()) {
-            job.src.read_f32(row, block_idx * TILE_K / 2, &mut values[..len]);
-            for (words, value) in rows[lane].chunks_exact_mut(2).zip(values) {
-                let bits = value.to_bits();
-                words[0] = bits as u16;
-                words[1] = (bits >> 16) as u16;
+            job.src.read_f32((row, block_idx * TILE_K, len), &mut values);
+            for (rows, values) in halves.iter_mut().zip(values.chunks_exact(TILE_K / 2)) {
+                for (words, value) in rows[lane].chunks_exact_mut(2).zip(values) {
+                    let bits = value.to_bits();
+                    words[0] = bits as u16;
+                    words[1] = (bits >> 16) as u16;
+                }
             }
         }
-        match <&mut [u8; 1024]>::try_from(&mut *block) {
-            Ok(block) if job.lanes.len() == TILE_N => transpose(&rows, block),
-            _ => scatter(&rows, &job.lanes, block),
+        for (rows, half) in halves.iter().zip(block.chunks_mut(1024)) {
+            match <&mut [u8; 1024]>::try_from(&mut *half) {
+                Ok(half) if job.lanes.len() == TILE_N => transpose(rows, half),
+                _ => scatter(rows, &job.lanes, half),
+            }
         }
     }
 }
@@ -186,10 +198,8 @@ fn panel_f8(job: &PanelJob, tiles: &mut [u8], scales: &mut [u8]) {
     let mut rows = [[0u8; TILE_K]; TILE_N];
     for (tile_idx, tile) in tiles.chunks_exact_mut(512).enumerate() {
         let k = tile_idx * TILE_K;
-        let len = TILE_K.min(cols - k);
         for (row, lane) in (job.src_row..).zip(job.lanes.clone()) {
-            job.src.read_codes(row, k, &mut rows[lane][..len]);
-            rows[lane][len..].fill(0);
+            job.src.read_codes((row, k, TILE_K.min(cols - k)), &mut rows[lane]);
         }
         if job.lanes.len() == TILE_N {
             transpose_f8(&rows, tile);

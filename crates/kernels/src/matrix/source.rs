@@ -2,7 +2,7 @@
 
 use moesaic_spec::DType;
 
-use super::{OP, fp8};
+use super::{OP, TILE_K, fp8};
 use crate::KernelError;
 use crate::contract::require;
 
@@ -59,38 +59,47 @@ impl<'a> SourceMatrix<'a> {
         self.scales.map_or(1.0, |s| s.factors[row / s.block[0] * self.cols.div_ceil(s.block[1]) + col / s.block[1]])
     }
 
-    /// Hands `put` the elements of `row` from `col` on, with their places.
+    /// Converts `len` elements of `row` from `col` on; zeros follow. The fixed width makes this a few vector instructions.
     #[inline(always)]
-    fn each<const SIZE: usize>(&self, row: usize, col: usize, len: usize, mut put: impl FnMut(usize, [u8; SIZE])) {
-        let array = |chunk: &[u8]| -> [u8; SIZE] { chunk.try_into().expect("chunks have this size") };
+    fn each<const SIZE: usize, T>(
+        &self,
+        (row, col, len): (usize, usize, usize),
+        out: &mut [T; TILE_K],
+        convert: impl Fn([u8; SIZE]) -> T,
+    ) {
+        let mut raw = [[0; SIZE]; TILE_K];
         if self.transposed {
-            for i in 0..len {
+            for (i, raw) in raw[..len].iter_mut().enumerate() {
                 let at = ((col + i) * self.rows + row) * SIZE;
-                put(i, array(&self.bytes[at..at + SIZE]));
+                raw.copy_from_slice(&self.bytes[at..at + SIZE]);
             }
         } else {
             let at = (row * self.cols + col) * SIZE;
-            let chunks = self.bytes[at..at + len * SIZE].chunks_exact(SIZE);
-            chunks.enumerate().for_each(|(i, chunk)| put(i, array(chunk)));
+            let raw = raw.as_flattened_mut();
+            if len == TILE_K {
+                raw.copy_from_slice(&self.bytes[at..at + TILE_K * SIZE]);
+            } else {
+                raw[..len * SIZE].copy_from_slice(&self.bytes[at..at + len * SIZE]);
+            }
+        }
+        for i in 0..TILE_K {
+            out[i] = convert(raw[i]);
         }
     }
 
-    /// `out.len()` elements of `row` from `col` on, as F32, scales applied.
+    /// `len` elements of `row` from `col` on, as F32, scales applied; zeros follow.
     #[inline(always)]
-    pub(super) fn read_f32(&self, row: usize, col: usize, out: &mut [f32]) {
-        let len = out.len();
+    pub(super) fn read_f32(&self, at @ (row, col, len): (usize, usize, usize), out: &mut [f32; TILE_K]) {
         match self.dtype {
-            DType::F32 => self.each(row, col, len, |i, b| out[i] = f32::from_le_bytes(b)),
-            DType::BF16 => {
-                self.each(row, col, len, |i, b| out[i] = f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16));
-            }
-            DType::F16 => self.each(row, col, len, |i, b| out[i] = f16_to_f32(u16::from_le_bytes(b))),
+            DType::F32 => self.each(at, out, f32::from_le_bytes),
+            DType::BF16 => self.each(at, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+            DType::F16 => self.each(at, out, |b| f16_to_f32(u16::from_le_bytes(b))),
             _ => {
-                self.each::<1>(row, col, len, |i, [code]| out[i] = fp8::to_f32(code));
+                self.each(at, out, |[code]| fp8::to_f32(code));
                 let Some(scales) = self.scales else { return };
-                let mut from = 0;
+                let (mut from, width) = (0, scales.block[1]);
                 while from < len {
-                    let to = len.min((col + from) / scales.block[1] * scales.block[1] + scales.block[1] - col);
+                    let to = len.min((col + from) / width * width + width - col);
                     let factor = self.scale(row, col + from);
                     out[from..to].iter_mut().for_each(|out| *out *= factor);
                     from = to;
@@ -101,21 +110,32 @@ impl<'a> SourceMatrix<'a> {
 
     /// The same as BF16 bits, rounded to nearest even, subnormals flushed.
     #[inline(always)]
-    pub(super) fn read_bf16(&self, row: usize, col: usize, out: &mut [u16]) {
-        let len = out.len();
+    pub(super) fn read_bf16(&self, at: (usize, usize, usize), out: &mut [u16; TILE_K]) {
         if self.dtype == DType::BF16 {
-            return self.each(row, col, len, |i, b| out[i] = flush_bf16(u16::from_le_bytes(b)));
+            if self.transposed || at.2 < TILE_K {
+                return self.each(at, out, |b| flush_bf16(u16::from_le_bytes(b)));
+            }
+            // What loading is mostly made of: a copy and two vector instructions.
+            let start = (at.0 * self.cols + at.1) * 2;
+            let bytes: &[u8; 2 * TILE_K] = self.bytes[start..start + 2 * TILE_K].try_into().expect("a row of a tile");
+            // SAFETY: any 64 bytes are 32 words; both arrays have this size.
+            let words: [u16; TILE_K] = unsafe { std::mem::transmute_copy(bytes) };
+            for i in 0..TILE_K {
+                out[i] = flush_bf16(u16::from_le(words[i]));
+            }
+            return;
         }
-        let mut wide = [0.0; super::TILE_K];
-        self.read_f32(row, col, &mut wide[..len]);
-        out.iter_mut().zip(wide).for_each(|(o, v)| *o = flush_bf16(round_bf16(v)));
+        let mut wide = [0.0; TILE_K];
+        self.read_f32(at, &mut wide);
+        for i in 0..TILE_K {
+            out[i] = flush_bf16(round_bf16(wide[i]));
+        }
     }
 
     /// The codes of an F8 E4M3 source.
     #[inline(always)]
-    pub(super) fn read_codes(&self, row: usize, col: usize, out: &mut [u8]) {
-        let len = out.len();
-        self.each::<1>(row, col, len, |i, [code]| out[i] = code);
+    pub(super) fn read_codes(&self, at: (usize, usize, usize), out: &mut [u8; TILE_K]) {
+        self.each(at, out, |[code]| code);
     }
 }
 
@@ -142,5 +162,5 @@ pub(crate) fn round_bf16(value: f32) -> u16 {
 /// Subnormals become zero, as AMX reads them.
 #[inline(always)]
 pub(crate) fn flush_bf16(bits: u16) -> u16 {
-    if bits & 0x7f80 == 0 { bits & 0x8000 } else { bits }
+    bits & if bits & 0x7f80 == 0 { 0x8000 } else { 0xffff }
 }
