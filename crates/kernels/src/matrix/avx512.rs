@@ -1,7 +1,7 @@
 //! The product with AVX-512: 16 `n` in the lanes of a register, rows of x broadcast from memory.
 //!
 //! Weights are read in memory order, one panel after the other; the chains of consecutive tiles are independent, so the
-//! processor overlaps them by itself. With a few rows this is bound by memory; it is faster than AMX up to about four rows.
+//! processor overlaps them by itself. With a few rows this is bound by memory; it is faster than AMX up to about two rows.
 
 use std::arch::x86_64::*;
 

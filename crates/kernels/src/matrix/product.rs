@@ -16,9 +16,7 @@ use crate::KernelError;
 use crate::contract::Cols;
 
 /// Rows up to which AVX-512's multiply-adds stream weights faster than AMX.
-const FMA_ROWS: usize = 4;
-/// The same for F8 E4M3, where decoding takes the place of most multiply-adds.
-const FMA_ROWS_F8: usize = 2;
+const FMA_ROWS: usize = 2;
 /// Rows up to which a product is bound by reading its weights.
 const STREAM_ROWS: usize = 16;
 /// Bytes of x that a task of a large product works on: they stay in the second-level cache.
@@ -149,8 +147,7 @@ pub(crate) fn run(ctx: &Ctx, jobs: &[Job], sink: &(dyn Fn(Done) + Sync)) {
 
 /// Whether `rows` rows × a matrix of `dtype` are computed by AMX.
 fn by_amx(isa: Isa, dtype: DType, rows: usize) -> bool {
-    let few = if dtype == DType::F8E4M3 { FMA_ROWS_F8 } else { FMA_ROWS };
-    isa == Isa::Amx && dtype != DType::F32 && rows > few
+    isa == Isa::Amx && dtype != DType::F32 && rows > FMA_ROWS
 }
 
 /// Rows of a part that go through all its panels together: as many as a kernel takes where rows must be widened first,
@@ -496,42 +493,45 @@ pub(crate) struct Columns {
 /// # Safety
 /// The jobs' rows and columns in `out` are disjoint.
 pub(crate) unsafe fn store(done: &Done, out: &Out, columns: Columns, bias: Option<&[f32]>) {
+    #[cfg(target_arch = "x86_64")]
+    if done.isa >= Isa::Avx512 {
+        // SAFETY: the machine has AVX-512; the rest is promised by the caller.
+        return unsafe { store_avx512(done, out, columns, bias) };
+    }
+    // SAFETY: promised by the caller.
+    unsafe { store_any(done, out, columns, bias) };
+}
+
+/// Promises: as [`store`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn store_avx512(done: &Done, out: &Out, columns: Columns, bias: Option<&[f32]>) {
+    // SAFETY: promised by the caller.
+    unsafe { store_any(done, out, columns, bias) };
+}
+
+/// Promises: as [`store`].
+#[inline(always)]
+unsafe fn store_any(done: &Done, out: &Out, columns: Columns, bias: Option<&[f32]>) {
     let first = done.panels.start * TILE_N;
     let len = (done.panels.len() * TILE_N).min(columns.num - first);
     let bias = bias.map(|bias| &bias[first..first + len]);
     for (row, c) in done.rows.clone().zip(done.c.chunks_exact(done.ldc)) {
         // SAFETY: blocks of a job are disjoint, jobs by the caller's promise.
-        let mut out = unsafe { out.row(columns.first + row * columns.stride + first, len) };
-        store_row(done.isa, &c[..len], bias, &mut out);
-    }
-}
-
-#[inline(always)]
-fn store_row_any(c: &[f32], bias: Option<&[f32]>, out: &mut OutRow) {
-    match (out, bias) {
-        (OutRow::F32(out), None) => out.copy_from_slice(c),
-        (OutRow::F32(out), Some(bias)) => {
-            out.iter_mut().zip(c).zip(bias).for_each(|((out, c), bias)| *out = c + bias);
+        let out = unsafe { out.row(columns.first + row * columns.stride + first, len) };
+        let c = &c[..len];
+        match (out, bias) {
+            (OutRow::F32(out), None) => out.copy_from_slice(c),
+            (OutRow::F32(out), Some(bias)) => {
+                out.iter_mut().zip(c).zip(bias).for_each(|((out, c), bias)| *out = c + bias);
+            }
+            (OutRow::BF16(out), None) => {
+                out.iter_mut().zip(c).for_each(|(out, c)| *out = bf16::from_bits(round_bf16(*c)));
+            }
+            (OutRow::BF16(out), Some(bias)) => {
+                let sums = c.iter().zip(bias).map(|(c, bias)| c + bias);
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = bf16::from_bits(round_bf16(sum)));
+            }
         }
-        (OutRow::BF16(out), None) => out.iter_mut().zip(c).for_each(|(out, c)| *out = bf16::from_bits(round_bf16(*c))),
-        (OutRow::BF16(out), Some(bias)) => {
-            (out.iter_mut().zip(c).zip(bias)).for_each(|((out, c), bias)| *out = bf16::from_bits(round_bf16(c + bias)));
-        }
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn store_row_avx512(c: &[f32], bias: Option<&[f32]>, out: &mut OutRow) {
-    store_row_any(c, bias, out);
-}
-
-fn store_row(isa: Isa, c: &[f32], bias: Option<&[f32]>, out: &mut OutRow) {
-    #[cfg(target_arch = "x86_64")]
-    if isa >= Isa::Avx512 {
-        // SAFETY: the machine has AVX-512.
-        return unsafe { store_row_avx512(c, bias, out) };
-    }
-    let _ = isa;
-    store_row_any(c, bias, out);
 }
