@@ -1,0 +1,5 @@
+//! The scheduler from outside: its policy as small scripts, its promises as properties.
+
+mod fake_model;
+mod policy;
+mod properties;
