@@ -63,8 +63,8 @@ pub enum SchedError {
         /// Blocks that there are.
         num_blocks: usize,
     },
-    /// A batch was committed that is not the one in flight.
-    #[error("step {step} cannot be committed: {}", match in_flight {
+    /// A batch was committed or rolled back that is not the one in flight.
+    #[error("step {step} cannot be committed or rolled back: {}", match in_flight {
         Some(in_flight) => format!("step {in_flight} is in flight"),
         None => "no step is in flight".into(),
     })]

@@ -165,9 +165,8 @@ impl Scheduler {
         assert_eq!(self.in_flight, None, "the step in flight must be committed or rolled back first");
         let mut budget = self.config.max_num_batched_tokens;
         let preempted = self.schedule_running(&mut budget);
-        if preempted.is_empty() {
-            self.admit_waiting(&mut budget);
-        }
+        // Whoever was just preempted does not come back here: it would need all that it gave, and some of that is taken.
+        self.admit_waiting(&mut budget);
 
         let step = self.num_steps;
         let seqs: Vec<_> = self.running.iter().map(|seq| self.scheduled(seq)).collect();
@@ -351,7 +350,11 @@ impl Scheduler {
         assert!(line().all(|seq| self.ids.contains(&seq.id)), "an id in the line is not known");
         assert_eq!(line().count(), self.ids.len(), "an id is known and not in the line");
         assert!(self.running.len() <= max_num_seqs, "{} sequences run", self.running.len());
-        assert!(self.waiting.len() <= max_num_waiting + max_num_seqs, "{} sequences wait", self.waiting.len());
+        assert!(
+            self.waiting.len() <= max_num_waiting.saturating_add(max_num_seqs),
+            "{} sequences wait",
+            self.waiting.len()
+        );
 
         for seq in &self.waiting {
             assert!(seq.block_table.is_empty(), "sequence {} waits and holds blocks", seq.id);

@@ -228,6 +228,8 @@ impl World {
         // Nobody is passed by: those that run are the oldest, and only the last of them may have been cut.
         let oldest = self.living.keys().take(batch.seqs.len());
         assert!(batch.seqs.iter().map(|seq| &seq.id).eq(oldest), "somebody was passed by: {batch:?}");
+        let runs = |id: &SeqId| batch.seqs.iter().any(|seq| seq.id == *id);
+        assert!(!batch.preempted.iter().any(runs), "preempted and run in one step: {batch:?}");
         let cut = batch.seqs.iter().position(|seq| !seq.samples);
         assert!(cut.is_none_or(|idx| idx + 1 == batch.seqs.len()), "{batch:?}");
         if cut.is_some() {
