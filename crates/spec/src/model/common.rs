@@ -354,8 +354,11 @@ fn write_scaling(scaling: &RopeScaling) -> Value {
                 "original_max_position_embeddings": original_max_position_embeddings,
                 "beta_fast": beta_fast,
                 "beta_slow": beta_slow,
-                "truncate": truncate,
             });
+            // Younger than the rest, so only where it says something.
+            if !truncate {
+                yarn["truncate"] = json!(false);
+            }
             // Left out where absent: transformers takes a zero for "not given", and so do we.
             if mscale != 0.0 {
                 yarn["mscale"] = json!(mscale);

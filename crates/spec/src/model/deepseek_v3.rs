@@ -45,15 +45,8 @@ pub(crate) fn read(f: &Fields) -> Result<ModelSpec, SpecError> {
 }
 
 /// Latent attention; shared with the papers' models. `q_lora_rank` is `default_q_rank` where absent; null is none.
+/// `num_key_value_heads` means nothing here, and files that transformers saved may have any number there.
 pub(crate) fn read_mla(f: &Fields, trunk: &Trunk, default_q_rank: Option<usize>) -> Result<Mla, SpecError> {
-    let num_kv_heads = f.size("num_key_value_heads", Some(trunk.num_heads), limits::HEADS)?;
-    if num_kv_heads != trunk.num_heads {
-        return Err(f.invalid(
-            "num_key_value_heads",
-            num_kv_heads,
-            format!("num_attention_heads ({}), because latent attention shares no heads", trunk.num_heads),
-        ));
-    }
     let default_q_rank = default_q_rank.filter(|_| !f.is_null("q_lora_rank"));
     let mla = Mla {
         num_heads: trunk.num_heads,

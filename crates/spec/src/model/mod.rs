@@ -3,13 +3,16 @@
 //! A family's own file (`mixtral.rs`, `qwen3_moe.rs`, …) reads its `config.json` into [`ModelSpec`]; from there on
 //! nothing asks for the family's name except the names of tensors on disk.
 
-mod common;
+pub(crate) mod common;
+pub mod counts;
 mod deepseek_v3;
-mod fields;
+pub(crate) mod fields;
 mod mixtral;
 mod olmoe;
 mod paper;
+pub mod presets;
 mod qwen3_moe;
+pub mod scale;
 pub mod tensors;
 
 use serde_json::Value;

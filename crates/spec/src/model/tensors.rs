@@ -90,7 +90,8 @@ pub enum FusedProj {
     Down,
 }
 
-/// Which element type a tensor has in the checkpoint.
+/// Which element type a tensor has in a checkpoint as its authors publish it, and as we write it. A reader should
+/// take any floating-point type instead: transformers saves the router's bias in the type of the model, for one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DTypeClass {
     /// The model's type; FP8 with a scale per block in an FP8 checkpoint.
