@@ -16,10 +16,17 @@ use serde_json::Map;
 
 use crate::{Error, python};
 
-/// Steps that a template may take: a long conversation with tools needs about a tenth.
-pub const MAX_STEPS: u64 = 10_000_000;
+/// Steps that a template may take; a message takes about a hundred.
+pub const MAX_STEPS: u64 = 1_000_000;
 /// Longest text that a template may write, in bytes.
 pub const MAX_OUTPUT_BYTES: usize = 32 << 20;
+
+/// Stack of a template's thread, in bytes. The template engine recurses over its own data: over the
+/// operators of one expression (at most one for each byte of the source), and over nested values
+/// (at most one level for each step). Either takes less than 500 bytes a level, so this is enough
+/// for the worst that [`crate::MAX_TEMPLATE_BYTES`] and [`MAX_STEPS`] let through, where an ordinary
+/// stack would overflow and end the process. Memory is only taken as far as it is used.
+const STACK_BYTES: usize = 640 << 20;
 
 /// What a message says.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -145,9 +152,10 @@ impl ChatTemplate {
             let raised = Raised(message.to_string());
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, raised.0.clone()).with_source(raised))
         });
-        environment
-            .add_template_owned(NAME, without_generation_tags(source))
-            .map_err(|e| Error::TemplateSyntax { origin: origin.clone(), reason: describe(&e) })?;
+        let parsed = on_large_stack(|| environment.add_template_owned(NAME, without_generation_tags(source)));
+        parsed
+            .and_then(|result| result.map_err(|e| describe(&e)))
+            .map_err(|reason| Error::TemplateSyntax { origin: origin.clone(), reason })?;
         Ok(ChatTemplate { environment, origin, bos_token, eos_token })
     }
 
@@ -157,6 +165,11 @@ impl ChatTemplate {
     /// [`Error::TemplateRaised`] when the template refuses the messages, and
     /// [`Error::TemplateFailed`], [`Error::TemplateEndless`], [`Error::TemplateOutput`].
     pub fn render(&self, request: ChatRequest<'_>) -> Result<String, Error> {
+        on_large_stack(|| self.render_here(request))
+            .unwrap_or_else(|reason| Err(Error::TemplateFailed { origin: self.origin.clone(), reason }))
+    }
+
+    fn render_here(&self, request: ChatRequest<'_>) -> Result<String, Error> {
         let now = request.now;
         let own = context! {
             messages => Serde(request.messages),
@@ -198,6 +211,17 @@ impl ChatTemplate {
         }
         Error::TemplateFailed { origin, reason: describe(error) }
     }
+}
+
+/// Runs the template engine on a thread with [`STACK_BYTES`]; the error says why there is no result.
+fn on_large_stack<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("chat-template".into()).stack_size(STACK_BYTES);
+        let running = thread
+            .spawn_scoped(scope, f)
+            .map_err(|e| format!("no thread with {} MiB of stack can be started: {e}", STACK_BYTES >> 20))?;
+        running.join().map_err(|_| "the template engine broke down; this is a bug".to_owned())
+    })
 }
 
 /// What a template gave to `raise_exception`, found again in the chain of causes.

@@ -290,8 +290,26 @@ fn a_template_is_stopped_in_its_box() {
     assert!(matches!(render(long, &[]), Err(Error::TemplateOutput { .. })));
     let recursive = "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}";
     assert!(matches!(render(recursive, &[]), Err(Error::TemplateFailed { .. })));
+    let endless_include = format!("{{% include '{NAME}' %}}");
+    assert!(matches!(render(&endless_include, &[]), Err(Error::TemplateFailed { .. })));
     for file in ["/etc/hostname", "other"] {
         assert!(matches!(render(&format!("{{% include '{file}' %}}"), &[]), Err(Error::TemplateFailed { .. })));
+    }
+}
+
+/// Each of these would overflow an ordinary stack: the engine recurses over operators and values.
+#[test]
+fn deep_templates_overflow_no_stack() {
+    for operator in ["+1", ".a", "|trim"] {
+        let source = format!("{{{{ 1{} }}}}", operator.repeat(crate::MAX_TEMPLATE_BYTES as usize / operator.len() - 9));
+        let _ = ChatTemplate::new(source, "test".into(), None, None).map(|t| t.render(ChatRequest::new(&[])));
+    }
+    let source = format!("{{{{ {}1 }}}}", "-".repeat(crate::MAX_TEMPLATE_BYTES as usize - 9));
+    let _ = ChatTemplate::new(source, "test".into(), None, None);
+    let deep = "{% set ns = namespace(x=[]) %}{% for i in range(80000) %}{% set ns.x = [[[[ns.x]]]] %}{% endfor %}";
+    for end in ["{{ ns.x }}", "{{ ns.x | tojson }}"] {
+        let text = render(&format!("{deep}{end}"), &[]).unwrap();
+        assert_eq!(text.chars().filter(|&c| c == '[').count(), 4 * 80_000 + 1);
     }
 }
 

@@ -13,8 +13,8 @@ use crate::Error;
 pub const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Longest `tokenizer_config.json` that is read.
 pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
-/// Longest chat template that is read.
-pub const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
+/// Longest chat template that is read; the longest in use are a tenth of it.
+pub const MAX_TEMPLATE_BYTES: u64 = 256 << 10;
 
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const CONFIG: &str = "tokenizer_config.json";
