@@ -4,10 +4,14 @@
 //! the text that it is handed.
 
 pub mod dtype;
+pub mod error;
 pub mod model;
+mod nearest;
 pub mod units;
 
 pub use dtype::DType;
+pub use error::SpecError;
+pub use model::tensors::{DTypeClass, FusedProj, Proj, Role, ScaleInv, TensorSpec};
 pub use model::{
     Activation, Attention, Capacity, DropPolicy, Family, Ffn, Gqa, Mla, Mlp, ModelSpec, Moe, QkNorm, Rope, RopeScaling,
     Router, Scoring,
