@@ -1,0 +1,215 @@
+//! An arena: one range of memory, settled before the first token, from which tensors take and to which they return.
+//!
+//! First fit over address-ordered free ranges. The sequence of requests decides everything, so a `Meta` arena that sees
+//! the same requests reports the same peak as the real one.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use moesaic_spec::Bytes;
+
+use crate::{DeviceError, HostMemory};
+
+/// Allocations start on a cache line, which is also the width of the widest vector.
+pub const ALIGN_BYTES: usize = 64;
+
+/// A range of memory that hands out [`Region`]s.
+#[derive(Clone)]
+pub struct Arena {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: &'static str,
+    /// `None` on `Meta`: everything is counted, nothing is stored.
+    memory: Option<HostMemory>,
+    capacity: usize,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Free ranges, start → length; neighbours are merged, so no two touch.
+    free: BTreeMap<usize, usize>,
+    in_use: usize,
+    /// Highest end address ever taken: the size that the arena must have.
+    peak: usize,
+}
+
+impl Arena {
+    /// An arena with memory behind it.
+    pub fn host(name: &'static str, capacity: Bytes) -> Result<Arena, DeviceError> {
+        let memory = HostMemory::new(capacity.0 as usize)?;
+        let capacity = memory.len();
+        Ok(Arena::with(name, Some(memory), capacity))
+    }
+
+    /// An arena without memory or limit.
+    pub fn meta(name: &'static str) -> Arena {
+        Arena::with(name, None, usize::MAX / 2 / ALIGN_BYTES * ALIGN_BYTES)
+    }
+
+    fn with(name: &'static str, memory: Option<HostMemory>, capacity: usize) -> Arena {
+        let state = State { free: BTreeMap::from([(0, capacity)]), in_use: 0, peak: 0 };
+        Arena { inner: Arc::new(Inner { name, memory, capacity, state: Mutex::new(state) }) }
+    }
+
+    /// Takes `bytes`; their content is whatever was there before.
+    pub fn alloc(&self, bytes: usize) -> Result<Region, DeviceError> {
+        let mut state = self.inner.state.lock().expect("no code panics while it holds an arena");
+        let len = bytes.checked_next_multiple_of(ALIGN_BYTES).unwrap_or(usize::MAX);
+        let found = state.free.iter().find(|&(_, &free)| free >= len).map(|(&start, &free)| (start, free));
+        let Some((start, free)) = found else {
+            return Err(DeviceError::ArenaFull {
+                arena: self.inner.name,
+                capacity: Bytes(self.inner.capacity as u64),
+                requested: Bytes(bytes as u64),
+                in_use: Bytes(state.in_use as u64),
+            });
+        };
+        if len > 0 {
+            state.free.remove(&start);
+            if free > len {
+                state.free.insert(start + len, free - len);
+            }
+        }
+        state.in_use += len;
+        state.peak = state.peak.max(start + len);
+        drop(state);
+        Ok(Region { arena: self.clone(), start, bytes, len })
+    }
+
+    /// The size that an arena needs to serve the requests seen so far.
+    pub fn peak(&self) -> Bytes {
+        Bytes(self.inner.state.lock().expect("no code panics while it holds an arena").peak as u64)
+    }
+
+    /// Bytes that are taken now.
+    pub fn in_use(&self) -> Bytes {
+        Bytes(self.inner.state.lock().expect("no code panics while it holds an arena").in_use as u64)
+    }
+
+    /// Size in bytes.
+    pub fn capacity(&self) -> Bytes {
+        Bytes(self.inner.capacity as u64)
+    }
+
+    /// Whether there is no memory behind it.
+    pub fn is_meta(&self) -> bool {
+        self.inner.memory.is_none()
+    }
+
+    fn give_back(&self, start: usize, len: usize) {
+        if len == 0 {
+            return;
+        }
+        let mut state = self.inner.state.lock().expect("no code panics while it holds an arena");
+        state.in_use -= len;
+        let (mut start, mut len) = (start, len);
+        if let Some((&before, &before_len)) = state.free.range(..start).next_back()
+            && before + before_len == start
+        {
+            state.free.remove(&before);
+            start = before;
+            len += before_len;
+        }
+        if let Some(after_len) = state.free.remove(&(start + len)) {
+            len += after_len;
+        }
+        state.free.insert(start, len);
+    }
+}
+
+/// A range of an arena, owned by one tensor and given back when dropped.
+pub struct Region {
+    arena: Arena,
+    start: usize,
+    bytes: usize,
+    len: usize,
+}
+
+impl Region {
+    /// Whether there is no memory behind it.
+    pub fn is_meta(&self) -> bool {
+        self.arena.is_meta()
+    }
+
+    /// The bytes. Panics on `Meta`.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: [start, start + bytes) lies inside the arena's mapping, which `self.arena` keeps alive; mapped memory
+        // is always initialised; the allocator gave this range to this region alone, so `&self` excludes writers.
+        unsafe { std::slice::from_raw_parts(self.base(), self.bytes) }
+    }
+
+    /// The bytes, to write. Panics on `Meta`.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`; `&mut self` excludes every other access.
+        unsafe { std::slice::from_raw_parts_mut(self.base(), self.bytes) }
+    }
+
+    fn base(&self) -> *mut u8 {
+        let memory = self.arena.inner.memory.as_ref();
+        let memory =
+            memory.unwrap_or_else(|| panic!("a Meta tensor of the {} arena has no data", self.arena.inner.name));
+        // SAFETY: `start` is below the mapping's length (alloc), so the result stays inside one allocation.
+        unsafe { memory.as_ptr().add(self.start) }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        self.arena.give_back(self.start, self.len);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_do_not_overlap_and_come_back_whole() {
+        let arena = Arena::host("test", Bytes(1 << 21)).unwrap();
+        let mut regions: Vec<Region> = (1..40).map(|i| arena.alloc(i * 37).unwrap()).collect();
+        for (i, region) in regions.iter_mut().enumerate() {
+            region.bytes_mut().fill(i as u8);
+        }
+        // Every third goes back, and smaller ones take their places.
+        let mut i = 0;
+        regions.retain(|_| {
+            i += 1;
+            i % 3 != 0
+        });
+        let more: Vec<Region> = (1..13).map(|i| arena.alloc(i * 11).unwrap()).collect();
+        let mut i = 0;
+        for region in &regions {
+            while i % 3 == 2 {
+                i += 1;
+            }
+            assert!(region.bytes().iter().all(|&b| b == i as u8));
+            i += 1;
+        }
+        drop((regions, more));
+        assert_eq!(arena.in_use(), Bytes(0));
+        assert_eq!(arena.inner.state.lock().unwrap().free.len(), 1);
+    }
+
+    #[test]
+    fn meta_and_host_report_the_same_peak() {
+        let (host, meta) = (Arena::host("test", Bytes(1 << 21)).unwrap(), Arena::meta("test"));
+        for arena in [&host, &meta] {
+            let a = arena.alloc(1000).unwrap();
+            let b = arena.alloc(5000).unwrap();
+            drop(a);
+            let c = arena.alloc(2000).unwrap();
+            drop((b, c));
+        }
+        assert_eq!(host.peak(), meta.peak());
+    }
+
+    #[test]
+    fn a_full_arena_says_the_numbers() {
+        let arena = Arena::host("activation", Bytes(1 << 21)).unwrap();
+        let _held = arena.alloc(1 << 20).unwrap();
+        let error = arena.alloc(3 << 20).err().unwrap().to_string();
+        assert_eq!(error, "the activation arena of 2.00 MiB cannot hold 3.00 MiB more (1.00 MiB in use)");
+    }
+}

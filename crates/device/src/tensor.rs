@@ -1,0 +1,94 @@
+//! A tensor: dims, element type and a region of an arena.
+
+use half::bf16;
+use moesaic_spec::DType;
+
+use crate::{Arena, DeviceError, Region};
+
+/// A dense row-major tensor that owns its memory. On `Meta` it has a shape and no data.
+pub struct Tensor {
+    dims: Vec<usize>,
+    dtype: DType,
+    region: Region,
+}
+
+impl Tensor {
+    /// Takes memory for `dims` from `arena`; the content is whatever was there.
+    pub fn empty(arena: &Arena, dims: &[usize], dtype: DType) -> Result<Tensor, DeviceError> {
+        let bytes = dims.iter().try_fold(dtype.size_bytes(), |n, &d| n.checked_mul(d)).unwrap_or(usize::MAX);
+        Ok(Tensor { dims: dims.to_vec(), dtype, region: arena.alloc(bytes)? })
+    }
+
+    /// Sizes, outermost first.
+    pub fn dims(&self) -> &[usize] {
+        &self.dims
+    }
+
+    /// Rows and columns of a matrix. Panics on another rank.
+    pub fn dims2(&self) -> (usize, usize) {
+        let &[rows, cols] = self.dims() else { panic!("a matrix was expected, this tensor is {:?}", self.dims) };
+        (rows, cols)
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn num_elements(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    /// Size in bytes.
+    pub fn size_bytes(&self) -> usize {
+        self.num_elements() * self.dtype.size_bytes()
+    }
+
+    /// Whether there is no data.
+    pub fn is_meta(&self) -> bool {
+        self.region.is_meta()
+    }
+
+    /// The raw bytes. Panics on `Meta`.
+    pub fn bytes(&self) -> &[u8] {
+        self.region.bytes()
+    }
+
+    /// The raw bytes, to write. Panics on `Meta`.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.region.bytes_mut()
+    }
+}
+
+/// Element access; each panics on `Meta` and on another element type: both are our own mistakes.
+macro_rules! elements {
+    ($($read:ident, $write:ident, $element:ty, $dtype:expr;)*) => {
+        impl Tensor {
+            $(
+                #[doc = concat!("The elements as `", stringify!($element), "`. Panics on `Meta` or another type.")]
+                pub fn $read(&self) -> &[$element] {
+                    assert_eq!(self.dtype, $dtype, "element type");
+                    let bytes = self.region.bytes();
+                    // SAFETY: regions are 64-byte aligned and hold whole elements; every bit pattern is a valid value.
+                    unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<$element>()) }
+                }
+                #[doc = concat!("The elements as `", stringify!($element), "`, to write. Panics as above.")]
+                pub fn $write(&mut self) -> &mut [$element] {
+                    assert_eq!(self.dtype, $dtype, "element type");
+                    let bytes = self.region.bytes_mut();
+                    let (ptr, len) = (bytes.as_mut_ptr(), bytes.len());
+                    // SAFETY: as for reading; the region is borrowed mutably for as long as the slice lives.
+                    unsafe { std::slice::from_raw_parts_mut(ptr.cast(), len / size_of::<$element>()) }
+                }
+            )*
+        }
+    };
+}
+
+elements! {
+    f32, f32_mut, f32, DType::F32;
+    bf16, bf16_mut, bf16, DType::BF16;
+    i32, i32_mut, i32, DType::I32;
+    u8, u8_mut, u8, DType::F8E4M3;
+}
