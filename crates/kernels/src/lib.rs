@@ -14,6 +14,14 @@
 //! and everything inside an op are F32. A row's result never depends on the other rows of a step: every sum has an order
 //! that is fixed by the row's own sizes, whichever path computes it.
 
+pub mod attention;
+pub mod cols;
 pub mod contract;
+mod lanes;
+pub mod math;
+pub mod mla;
+pub mod paged;
+pub mod rope;
 
+pub use cols::Cols;
 pub use contract::KernelError;
