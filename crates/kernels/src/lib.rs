@@ -21,13 +21,18 @@ pub mod combine;
 pub mod contract;
 pub mod dispatch;
 pub mod embedding;
+pub mod experts;
 pub mod gather_rows;
+pub mod head_linear;
 mod lanes;
+pub mod linear;
+pub mod matrix;
 pub mod philox;
 pub mod rms_norm;
 pub mod router;
 mod rows;
 pub mod sampler;
+
 #[cfg(test)]
 mod testing;
 
