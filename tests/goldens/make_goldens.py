@@ -2,6 +2,7 @@
 """Write small random checkpoints and what PyTorch says about them. See README.md beside this file."""
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -12,8 +13,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from compare import compare, relative_error
 from checkpoint import random_weights, to_stored, write_folder
+from compare import LIMITS, compare, relative_error
 from paper_reference import PaperModel
 from safetensors.torch import save_file
 from variants import COMMITTED, FAMILIES, NAMED, Variant, random_variant
@@ -51,7 +52,7 @@ def run_greedy(make_forward, prompt: list[int], decode_steps: int = DECODE_STEPS
 class RouterMargins:
     """How far every token was from choosing other experts: the gap between the last choice and the next best,
     least over the layers. BF16 may flip a choice whose gap is within its rounding, and a flipped choice is
-    another function, not a rounding error; so comparisons in BF16 leave such tokens out.
+    another function, not a rounding error; so comparisons in BF16 stop at such a token.
     """
 
     def __init__(self):
@@ -154,15 +155,15 @@ def make_golden(v: Variant, seed: int, out: Path) -> dict[str, dict]:
 
     import transformers
 
-    about = {
+    about = json.dumps({
         "family": v.family,
         "variant": v.name,
         "seed": str(seed),
         "reference": "paper_reference.py" if v.family == "paper" else f"transformers {transformers.__version__}",
         "torch": torch.__version__,
-    }
+    })  # one entry, because safetensors writes several in any order and the files should come out the same
     for name, g in goldens.items():
-        save_file({k: t.contiguous() for k, t in g.items()}, out / f"{name}.safetensors", metadata=about)
+        save_file({k: t.contiguous() for k, t in g.items()}, out / f"{name}.safetensors", metadata={"about": about})
     return goldens
 
 
@@ -171,9 +172,9 @@ def describe(v: Variant, goldens: dict) -> str:
     line = f"{v.folder:30} logits std {g['prefill_logits'].std():5.2f}  least margin {g['top2_margin'].min():.4f}"
     line += f"  distinct tokens {len(set(g['token_ids'].tolist())):2}"
     if b := goldens.get("golden-bf16"):
-        c = compare(b, g)
-        line += f"  bf16 against f32: {c.error:.1e}, decided tokens {c.decided_error:.1e} ({c.decided}/{c.rows} rows)"
-        line += f", {c.same_tokens}/17 alike"
+        c = compare(b, g, LIMITS["bfloat16"])
+        line += f"  bf16 against f32: {c.error:.1e}, undisturbed {c.undisturbed_error:.1e} ({c.undisturbed}/{c.rows} rows)"
+        line += f", {c.same_tokens}/17 tokens alike"
     if d := goldens.get("golden-capacity"):
         line += f"  dropping moves the logits by {relative_error(d['prefill_logits'], g['prefill_logits']):.2f}"
     return line
