@@ -194,7 +194,7 @@ NAMED = [
     _v("mixtral", "fused", spelling="fused", config_form="v5", shards=3, prompt_len=17),
     _v("mixtral", "three-experts", dict(num_local_experts=3, num_experts_per_tok=3, num_attention_heads=5, num_key_value_heads=5, head_dim=12), prompt_len=21),
     _v("mixtral", "top1-tied", dict(num_local_experts=3, num_experts_per_tok=1, tie_word_embeddings=True), config_form="v5"),
-    _v("mixtral", "f32", dict(head_dim=None, num_attention_heads=6, num_key_value_heads=2), stored="float32", shards=2, prompt_len=40),
+    _v("mixtral", "f32", dict(head_dim=None, num_attention_heads=6, num_key_value_heads=2, num_local_experts=3), stored="float32", shards=2, prompt_len=20),
     _v("mixtral", "f16", stored="float16"),
     _v("mixtral", "window", dict(sliding_window=8), prompt_len=29),
     _v("qwen3_moe", "base"),
@@ -209,7 +209,7 @@ NAMED = [
     _v("deepseek_v3", "base"),
     _v("deepseek_v3", "mtp", dict(num_nextn_predict_layers=1), mtp=True, shards=2),
     _v("deepseek_v3", "no-q-lora", dict(q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2, rope_scaling=None, norm_topk_prob=False, routed_scaling_factor=1.0), spelling="fused", config_form="v5", prompt_len=19),
-    _v("deepseek_v3", "two-groups", dict(n_group=2, topk_group=1, n_routed_experts=6, num_experts_per_tok=2, first_k_dense_replace=0, rope_scaling=YARN_UNEQUAL), config_form="v5", prompt_len=40),
+    _v("deepseek_v3", "two-groups", dict(n_group=2, topk_group=1, n_routed_experts=6, num_experts_per_tok=2, first_k_dense_replace=0, rope_scaling=YARN_UNEQUAL), config_form="v5", prompt_len=27),
     _v("deepseek_v3", "all-experts", dict(n_group=1, topk_group=1, n_routed_experts=3, num_experts_per_tok=3, num_attention_heads=4, num_key_value_heads=4), stored="float32"),
     _v("deepseek_v3", "top1", dict(num_experts_per_tok=1, tie_word_embeddings=True), stored="float16"),
     _v(
@@ -222,33 +222,33 @@ NAMED = [
     _v("paper", "mla", MLA | dict(expert_type="swiglu", num_experts=3, num_experts_per_tok=1), prompt_len=19),
     _v("paper", "mla-no-q-lora", MLA | dict(q_lora_rank=None), prompt_len=33),
     _v("paper", "gqa-swiglu", dict(expert_type="swiglu", num_attention_heads=3, num_key_value_heads=1, head_dim=20, tie_word_embeddings=True, num_experts_per_tok=4, norm_topk_prob=False), shards=2),
-    _v("paper", "capacity-probs", dict(capacity_factor=1.0), prompt_len=21),
-    _v("paper", "capacity-position", dict(capacity_factor=0.75, drop_policy="position", expert_type="swiglu"), prompt_len=22),
+    _v("paper", "capacity-probs", dict(capacity_factor=1.0), prompt_len=17),
+    _v("paper", "capacity-position", dict(capacity_factor=0.75, drop_policy="position", expert_type="swiglu"), prompt_len=18),
 ]
 
 # What is kept in the repository: small, and together it covers every key. Of seeds 0 to 15 the one for which
-# PyTorch's own BF16 run is nearest to its F32 run, and whose 17 tokens are at least 8 different ones.
+# PyTorch's own BF16 run is near its F32 run, routers are off the fence, and the 17 tokens are not a loop.
 COMMITTED = {
     "mixtral": 4,
     "mixtral-fused": 6,
     "mixtral-top1-tied": 2,
-    "mixtral-f32": 0,
+    "mixtral-f32": 2,
     "qwen3_moe": 1,
     "qwen3_moe-mixed": 15,
-    "qwen3_moe-fused": 5,
+    "qwen3_moe-fused": 10,
     "olmoe": 2,
-    "olmoe-clip": 11,
+    "olmoe-clip": 6,
     "deepseek_v3": 5,
     "deepseek_v3-mtp": 8,
-    "deepseek_v3-no-q-lora": 8,
-    "deepseek_v3-two-groups": 2,
+    "deepseek_v3-no-q-lora": 3,
+    "deepseek_v3-two-groups": 4,
     "deepseek_v3-fp8": 0,
     "deepseek_v3-top1": 0,
     "paper": 12,
     "paper-mla": 6,
     "paper-gqa-swiglu": 5,
-    "paper-capacity-probs": 10,
-    "paper-capacity-position": 13,
+    "paper-capacity-probs": 5,
+    "paper-capacity-position": 8,
 }
 
 
