@@ -15,5 +15,12 @@
 //! that is fixed by the row's own sizes, whichever path computes it.
 
 pub mod contract;
+pub mod experts;
+pub mod head_linear;
+pub mod linear;
+pub mod matrix;
+
+#[cfg(test)]
+mod testing;
 
 pub use contract::KernelError;
