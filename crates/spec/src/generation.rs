@@ -48,17 +48,12 @@ impl GenerationConfig {
     pub fn from_json(text: &str, origin: &str) -> Result<GenerationConfig, SpecError> {
         let map = parse_object(text, origin)?;
         let f = Fields::new(origin, "", &map);
-        // -1 is "nobody" in some old files.
-        let token = |key: &str| match f.get(key).and_then(Value::as_i64) {
-            Some(-1) => Ok(None),
-            _ => Ok(f.opt_size(key, TOKEN_IDS)?.map(|id| id as u32)),
-        };
         let number = |key: &str, range: RangeInclusive<f64>| Ok(f.opt_number(key, range)?.map(|x| x as f32));
         let flag = |key: &str| if f.get(key).is_some() { f.flag(key, false).map(Some) } else { Ok(None) };
         Ok(GenerationConfig {
             eos_token_ids: read_eos(&f)?,
-            bos_token_id: token("bos_token_id")?,
-            pad_token_id: token("pad_token_id")?,
+            bos_token_id: read_token(&f, "bos_token_id")?,
+            pad_token_id: read_token(&f, "pad_token_id")?,
             do_sample: flag("do_sample")?,
             temperature: number("temperature", 0.0..=1e3)?,
             top_p: number("top_p", PROBABILITY)?,
@@ -68,6 +63,30 @@ impl GenerationConfig {
             max_length: f.opt_size("max_length", limits::CONTEXT)?,
             max_new_tokens: f.opt_size("max_new_tokens", limits::CONTEXT)?,
         })
+    }
+
+    /// The token ids alone from the text of a `config.json`, for a model without `generation_config.json`. Old
+    /// versions of transformers wrote their own defaults for sampling there (`max_length` 20), which nobody meant.
+    ///
+    /// # Errors
+    /// [`SpecError`]: not JSON, or an id of the wrong type or out of range.
+    pub fn from_config_json(text: &str, origin: &str) -> Result<GenerationConfig, SpecError> {
+        let map = parse_object(text, origin)?;
+        let f = Fields::new(origin, "", &map);
+        Ok(GenerationConfig {
+            eos_token_ids: read_eos(&f)?,
+            bos_token_id: read_token(&f, "bos_token_id")?,
+            pad_token_id: read_token(&f, "pad_token_id")?,
+            ..GenerationConfig::default()
+        })
+    }
+}
+
+/// A token id; -1 is "nobody" in some old files.
+fn read_token(f: &Fields, key: &str) -> Result<Option<u32>, SpecError> {
+    match f.get(key).and_then(Value::as_i64) {
+        Some(-1) => Ok(None),
+        _ => Ok(f.opt_size(key, TOKEN_IDS)?.map(|id| id as u32)),
     }
 }
 
@@ -110,6 +129,14 @@ mod tests {
     fn a_single_end_is_a_list_of_one_and_absence_is_kept() {
         assert_eq!(read(r#"{"eos_token_id": 2}"#).unwrap().eos_token_ids, [2]);
         assert_eq!(read("{}").unwrap(), GenerationConfig::default());
+    }
+
+    #[test]
+    fn a_model_config_gives_ids_and_no_sampling() {
+        let text =
+            r#"{"model_type": "olmoe", "eos_token_id": 50279, "pad_token_id": -1, "max_length": 20, "top_k": 50}"#;
+        let config = GenerationConfig::from_config_json(text, "config.json").unwrap();
+        assert_eq!(config, GenerationConfig { eos_token_ids: vec![50279], ..GenerationConfig::default() });
     }
 
     #[test]

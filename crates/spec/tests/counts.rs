@@ -79,6 +79,33 @@ fn an_expert_of_paper_002_is_as_large_as_the_paper_says() {
     assert_eq!(expert, 58_720_256);
 }
 
+/// The largest descriptions that are read: nothing overflows, and the list of tensors stays a list.
+#[test]
+fn limits_keep_counts_within_64_bits() {
+    let mut config: serde_json::Value = serde_json::from_str(preset("deepseek-v3").unwrap().config_json).unwrap();
+    for (key, size) in [
+        ("vocab_size", 1 << 24),
+        ("hidden_size", 1 << 18),
+        ("num_hidden_layers", 1024),
+        ("first_k_dense_replace", 0),
+        ("num_attention_heads", 4096),
+        ("q_lora_rank", 1 << 18),
+        ("kv_lora_rank", 1 << 18),
+        ("qk_nope_head_dim", 4096),
+        ("qk_rope_head_dim", 4096),
+        ("v_head_dim", 4096),
+        ("n_routed_experts", 128),
+        ("moe_intermediate_size", 1 << 20),
+        ("max_position_embeddings", 1 << 27),
+    ] {
+        config[key] = size.into();
+    }
+    let spec = ModelSpec::from_config_json(&config.to_string(), "config.json").unwrap();
+    let counts = spec.counts();
+    assert!(counts.params_total > 1 << 56 && counts.bytes_total > counts.params_total);
+    assert!(counts.flops.prefill(1 << 27).is_finite());
+}
+
 #[test]
 fn parts_add_up_and_agree_with_the_tensors() {
     for preset in presets() {

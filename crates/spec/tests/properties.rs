@@ -133,3 +133,24 @@ fn every_preset_shrinks_to_a_laptop() {
         assert!(spec.num_moe_layers() > 0);
     }
 }
+
+/// DeepSeek's two numbers for which layers are MoE, all combinations of them for short stacks.
+#[test]
+fn every_pattern_of_dense_layers_survives_writing_and_scaling() {
+    let deepseek = presets().iter().find(|preset| preset.name == "deepseek-v3").unwrap();
+    let mut config: Value = serde_json::from_str(deepseek.config_json).unwrap();
+    for num_layers in 1..9usize {
+        for (num_dense, freq) in (0..=num_layers).flat_map(|dense| (1..11usize).map(move |freq| (dense, freq))) {
+            config["num_hidden_layers"] = json!(num_layers);
+            config["first_k_dense_replace"] = json!(num_dense);
+            config["moe_layer_freq"] = json!(freq);
+            let spec = ModelSpec::from_config_json(&config.to_string(), "config.json").unwrap();
+            let again = ModelSpec::from_config_json(&spec.to_config_json(), "written").unwrap();
+            assert_eq!(again, spec, "{num_layers} layers, first {num_dense} dense, every {freq}");
+            for layers in 1..11 {
+                let scale = Scale { layers: Some(layers), hidden: Some(64), ..Scale::default() };
+                assert_eq!(spec.scaled(&scale).unwrap().layers.len(), layers);
+            }
+        }
+    }
+}

@@ -1,6 +1,6 @@
 //! What a description means, in the forms of transformers 4 and 5.
 
-use moesaic_spec::{Attention, DType, Ffn, ModelSpec, QkNorm, RopeScaling, Scoring, preset};
+use moesaic_spec::{Activation, Attention, DType, DropPolicy, Ffn, ModelSpec, QkNorm, RopeScaling, Scoring, preset};
 use serde_json::{Value, json};
 
 fn changed(name: &str, changes: Value) -> ModelSpec {
@@ -125,4 +125,16 @@ fn deepseek_without_low_rank_queries_or_groups() {
     let spec = changed("deepseek-v3", json!({"num_hidden_layers": 9, "moe_layer_freq": 2, "first_k_dense_replace": 3}));
     let moe: Vec<usize> = (0..9).filter(|&l| spec.layers[l].as_moe().is_some()).collect();
     assert_eq!(moe, [4, 6, 8]);
+}
+
+#[test]
+fn papers_say_the_non_linearity_of_experts_and_dense_layers_apart() {
+    let spec = preset("paper-002").unwrap().spec().unwrap();
+    assert_eq!(spec.layers[0].as_dense().unwrap().activation, Activation::Gelu);
+    assert_eq!(spec.layers[3].as_moe().unwrap().activation, Activation::Gelu);
+    let spec = changed("paper-002", json!({"dense_type": null}));
+    assert_eq!(spec.layers[0].as_dense().unwrap().activation, Activation::SwiGlu);
+    let spec = changed("paper-003-swiglu", json!({"drop_policy": "position"}));
+    let capacity = spec.layers[0].as_moe().unwrap().capacity.unwrap();
+    assert_eq!((capacity.factor, capacity.policy), (1.0, DropPolicy::Position));
 }

@@ -22,7 +22,7 @@ use crate::contract::{check, require};
 use crate::matrix::product::{self, Columns, Done, Job, Operand, Out, OutRow, padded};
 use crate::matrix::{PackedMatrix, TILE_N, round_bf16};
 
-pub use activation::Activation;
+pub use moesaic_spec::Activation;
 pub use weights::{ExpertWeight, ExpertWeights};
 
 use activation::{gelu_tanh, silu};
@@ -156,7 +156,7 @@ impl Hidden<'_> {
     fn put(&self, done: &Done, first_row: usize) {
         let (step, per_value) = match self.activation {
             Activation::SwiGlu => (2 * TILE_N, 2),
-            Activation::GeluTanh => (TILE_N, 1),
+            Activation::Gelu => (TILE_N, 1),
         };
         let first = done.panels.start * TILE_N / per_value;
         // Columns beyond f: the block that has the last column zeroes them.
@@ -192,7 +192,7 @@ fn values(activation: Activation, c: &[f32]) -> [f32; TILE_N] {
                 *value = silu(*gate) * up;
             }
         }
-        Activation::GeluTanh => values.iter_mut().zip(c).for_each(|(value, c)| *value = gelu_tanh(*c)),
+        Activation::Gelu => values.iter_mut().zip(c).for_each(|(value, c)| *value = gelu_tanh(*c)),
     }
     values
 }

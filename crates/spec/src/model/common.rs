@@ -324,7 +324,7 @@ pub(crate) fn dtype_name(dtype: DType) -> &'static str {
         DType::BF16 => "bfloat16",
         DType::F16 => "float16",
         DType::F8E4M3 => "float8_e4m3",
-        DType::I64 | DType::I32 | DType::U8 => panic!("weights of {dtype} do not exist"),
+        DType::F8E8M0 | DType::I64 | DType::I32 | DType::U8 => panic!("weights of {dtype} do not exist"),
     }
 }
 

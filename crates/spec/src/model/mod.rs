@@ -35,6 +35,19 @@ pub enum Family {
     Paper,
 }
 
+impl Family {
+    /// The `model_type` that its config.json has.
+    pub const fn model_type(self) -> &'static str {
+        match self {
+            Family::Mixtral => "mixtral",
+            Family::Qwen3Moe => "qwen3_moe",
+            Family::Olmoe => "olmoe",
+            Family::DeepseekV3 => "deepseek_v3",
+            Family::Paper => "moesaic_paper",
+        }
+    }
+}
+
 /// A decoder-only Mixture-of-Experts transformer with pre-norm (RMSNorm) residual blocks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {

@@ -1,9 +1,9 @@
 //! `moesaic_paper`: the models of the papers that the project comes from. Our own format, so every key is checked.
 //!
-//! Attention is GQA (MHA where the heads are as many) or MLA, the first layers may be dense, experts are GELU MLPs of
-//! two matrices or SwiGLU of three, the router is a softmax whose chosen weights are renormalised unless
-//! `norm_topk_prob` is false, and an expert may have a capacity. Rotary pairs are halves in GQA and neighbours in MLA,
-//! as in the families that each comes from.
+//! Attention is GQA (MHA where the heads are as many) or MLA. The first layers may be dense. Experts (`expert_type`) and
+//! dense layers (`dense_type`, SwiGLU unless said) are GELU MLPs of two matrices or SwiGLU of three. The router is a
+//! softmax whose chosen weights are renormalised unless `norm_topk_prob` is false, and an expert may have a capacity.
+//! Rotary pairs are halves in GQA and neighbours in MLA, as in the families that each comes from.
 
 use serde_json::{Map, Value, json};
 
@@ -22,11 +22,12 @@ const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-5, max_position_embedding
 const FP8_BLOCK: [usize; 2] = [128, 128];
 
 /// Every key that a description may have.
-const KEYS: [&str; 33] = [
+const KEYS: [&str; 34] = [
     "architectures",
     "attention",
     "bos_token_id",
     "capacity_factor",
+    "dense_type",
     "drop_policy",
     "dtype",
     "eos_token_id",
@@ -107,27 +108,32 @@ fn read_attention(f: &Fields, trunk: &Trunk) -> Result<Attention, SpecError> {
 }
 
 fn read_layers(f: &Fields, num_layers: usize) -> Result<Vec<Ffn>, SpecError> {
-    const EXPECTED: &str = "\"gelu\" (two matrices) or \"swiglu\" (three matrices)";
-    let activation = match f.text("expert_type")? {
-        Some("gelu") => Activation::Gelu,
-        Some("swiglu") => Activation::SwiGlu,
-        Some(_) => return Err(f.unsupported("expert_type", EXPECTED)),
-        None => return Err(f.missing("expert_type", EXPECTED)),
-    };
     let num_dense = f.size("first_k_dense_replace", Some(0), 0..=num_layers)?;
     let mut layers = Vec::with_capacity(num_layers);
     if num_dense > 0 {
         let intermediate_size = f.size("intermediate_size", None, limits::INTERMEDIATE)?;
+        let activation = read_activation(f, "dense_type")?.unwrap_or(Activation::SwiGlu);
         layers.resize(num_dense, Ffn::Dense(Mlp { intermediate_size, activation }));
     }
     if num_dense < num_layers {
-        let moe = read_moe(f, activation)?;
-        layers.resize(num_layers, Ffn::Moe(moe));
+        layers.resize(num_layers, Ffn::Moe(read_moe(f)?));
     }
     Ok(layers)
 }
 
-fn read_moe(f: &Fields, activation: Activation) -> Result<Moe, SpecError> {
+const ACTIVATIONS: &str = "\"gelu\" (two matrices) or \"swiglu\" (three matrices)";
+
+fn read_activation(f: &Fields, key: &str) -> Result<Option<Activation>, SpecError> {
+    match f.text(key)? {
+        Some("gelu") => Ok(Some(Activation::Gelu)),
+        Some("swiglu") => Ok(Some(Activation::SwiGlu)),
+        Some(_) => Err(f.unsupported(key, ACTIVATIONS)),
+        None => Ok(None),
+    }
+}
+
+fn read_moe(f: &Fields) -> Result<Moe, SpecError> {
+    let activation = read_activation(f, "expert_type")?.ok_or_else(|| f.missing("expert_type", ACTIVATIONS))?;
     let num_experts = f.size("num_experts", None, limits::EXPERTS)?;
     let policy = match f.text("drop_policy")? {
         Some("probs") | None => DropPolicy::Probs,
@@ -179,13 +185,14 @@ pub(crate) fn write(spec: &ModelSpec) -> Map<String, Value> {
     let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
     put("dtype", json!(common::dtype_name(spec.dtype)));
     let (dense, moe) = common::kinds(spec);
-    let activation = moe.map(|moe| moe.activation).or(dense.map(|dense| dense.activation));
-    put("expert_type", json!(if activation == Some(Activation::Gelu) { "gelu" } else { "swiglu" }));
+    let type_name = |activation| if activation == Activation::Gelu { "gelu" } else { "swiglu" };
     put("first_k_dense_replace", json!(spec.layers.iter().filter(|ffn| ffn.as_dense().is_some()).count()));
     if let Some(dense) = dense {
         put("intermediate_size", json!(dense.intermediate_size));
+        put("dense_type", json!(type_name(dense.activation)));
     }
     if let Some(moe) = moe {
+        put("expert_type", json!(type_name(moe.activation)));
         put("num_experts", json!(moe.num_experts));
         put("num_experts_per_tok", json!(moe.top_k));
         put("moe_intermediate_size", json!(moe.intermediate_size));

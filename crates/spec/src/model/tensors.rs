@@ -312,9 +312,10 @@ impl ModelSpec {
     /// The name of a layer's experts where they are stored as one tensor (the modules of transformers 5); it has no
     /// `.weight` at its end. For shapes see [`FusedProj`]; FP8 scales of such a tensor are `[E, rows, cols]` of blocks.
     pub fn fused_expert_name(&self, layer: usize, proj: FusedProj) -> String {
-        let name = match (proj, self.activation()) {
-            (FusedProj::GateUp, Activation::SwiGlu) => "gate_up_proj",
-            (FusedProj::GateUp, Activation::Gelu) => "up_proj",
+        let activation = self.layers.get(layer).and_then(Ffn::as_moe).map(|moe| moe.activation);
+        let name = match (proj, activation) {
+            (FusedProj::GateUp, Some(Activation::Gelu)) => "up_proj",
+            (FusedProj::GateUp, _) => "gate_up_proj",
             (FusedProj::Down, _) => "down_proj",
         };
         format!("model.layers.{layer}.mlp.experts.{name}")
@@ -350,13 +351,6 @@ impl ModelSpec {
     /// The module that holds router and experts.
     fn moe_block(&self) -> &'static str {
         if self.family == Family::Mixtral { "block_sparse_moe" } else { "mlp" }
-    }
-
-    /// The experts' non-linearity, or the dense layers' where all are.
-    fn activation(&self) -> Activation {
-        let moe = self.layers.iter().find_map(Ffn::as_moe).map(|moe| moe.activation);
-        let dense = self.layers.iter().find_map(Ffn::as_dense).map(|mlp| mlp.activation);
-        moe.or(dense).expect("a model has layers")
     }
 }
 
