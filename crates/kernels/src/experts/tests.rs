@@ -2,8 +2,8 @@ use moesaic_device::{Arena, Pool};
 use moesaic_spec::Bytes;
 
 use super::*;
-use crate::matrix::{BlockScales, SourceMatrix};
 use crate::matrix::testing::{Random, arena, bits, contexts, f32_bits, poison};
+use crate::matrix::{BlockScales, SourceMatrix};
 
 fn random_experts(
     random: &mut Random,
@@ -62,7 +62,8 @@ fn a_row_does_not_depend_on_its_batch() {
         let together = bits(&experts(&ctx, &x, RowsPerExpert::Known(&[0, 20, 50]), &w).unwrap());
         let row_bytes = x.size_bytes() / 50;
         for row in [0, 19, 20, 49] {
-            let one = crate::matrix::testing::tensor(&[1, 64], dtype.compute(), &x.bytes()[row * row_bytes..][..row_bytes]);
+            let one =
+                crate::matrix::testing::tensor(&[1, 64], dtype.compute(), &x.bytes()[row * row_bytes..][..row_bytes]);
             let offsets = if row < 20 { [0, 1, 1] } else { [0, 0, 1] };
             let alone = experts(&ctx, &one, RowsPerExpert::Known(&offsets), &w).unwrap();
             assert_eq!(bits(&alone), together[row * 64..(row + 1) * 64], "{dtype} row {row}");

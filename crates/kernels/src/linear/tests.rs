@@ -23,7 +23,12 @@ fn every_path_gives_the_bits_of_the_reference() {
         for ctx in contexts() {
             poison(&ctx);
             let y = linear_bias(&ctx, x, &w, bias, out).unwrap();
-            assert_eq!(bits(&y), crate::matrix::testing::f32_bits(&expected), "{dtype} [{t}, {n}, {k}] on {}", ctx.isa());
+            assert_eq!(
+                bits(&y),
+                crate::matrix::testing::f32_bits(&expected),
+                "{dtype} [{t}, {n}, {k}] on {}",
+                ctx.isa()
+            );
         }
     }
 }
