@@ -17,7 +17,7 @@ const MAX_BYTES: usize = 3 << 29;
 const ENOUGH_BYTES: usize = 512 << 20;
 
 /// How long memory is filled, and how long after the first pass another may start.
-const TIME: Duration = Duration::from_millis(700);
+const TIME: Duration = Duration::from_millis(500);
 
 /// Bytes per second at which the threads of `pool` read memory, with the widest loads of the processor: the best of
 /// several passes over a buffer of 1.5 GiB, or of a quarter of the available memory if that is less. Takes less than two

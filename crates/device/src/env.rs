@@ -1,4 +1,4 @@
-//! The environment variables that change what the program does. Nothing else in the project reads one, so this list is
+//! The environment variables that change what the program does. No other file of the program reads one, so this list is
 //! complete.
 
 use crate::DeviceError;

@@ -14,6 +14,7 @@ pub use library::Library;
 pub use memory::{available_memory, peak_memory};
 pub use mpi::Mpi;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use moesaic_spec::Bytes;
@@ -50,7 +51,7 @@ pub struct Machine {
     /// The MPI launcher in `PATH`.
     pub mpi: Option<Mpi>,
     /// The variables of [`env::VARIABLES`] that are set, with their values.
-    pub environment: Vec<(&'static str, String)>,
+    pub environment: BTreeMap<&'static str, String>,
 }
 
 impl Machine {
