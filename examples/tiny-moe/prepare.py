@@ -19,6 +19,8 @@ form of the chat template. Runs in a minute on one core; needs `tokenizers` and 
 """
 
 import argparse
+import functools
+import hashlib
 import re
 import struct
 import unicodedata
@@ -40,8 +42,9 @@ MIN_CHAPTER = 1000  # characters; shorter ones are tables of contents and title 
 HEADING = re.compile(
     r"((VOLUME|CHAPTER|ADVENTURE|BOOK|EPILOGUE|PREFACE|Chapter|Volume|Epilogue)\b.{0,120}|[IVX]+\. [A-Z' -]{6,})$"
 )
-SLUR = re.compile("nigger", re.I)  # paragraphs with it are left out
 NUMBER = re.compile(r"[IVXLC]+\.?$|\d+\.?$")
+# Paragraphs with this racial slur, also within a longer word, are left out: the SHA-256 of its six letters.
+SLUR = "120f6e5b4ea32f65bda68452fcfaaef06b0136e1d0e4a6f60bc3771fa0936dd6"
 
 
 def plain(text):
@@ -51,6 +54,16 @@ def plain(text):
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     text = re.sub(r"\s+", " ", text).strip()
     return re.sub(r" ([,.;:?!])(?=[ \"']|$)", r"\1", text)
+
+
+@functools.cache
+def is_slur(word):
+    """Whether six letters in a row of a lower-case word are the slur."""
+    return any(hashlib.sha256(word[i : i + 6].encode()).hexdigest() == SLUR for i in range(len(word) - 5))
+
+
+def has_slur(paragraph):
+    return any(map(is_slur, re.findall("[a-z]{6,}", paragraph.lower())))
 
 
 def chapters(book):
@@ -67,7 +80,7 @@ def chapters(book):
             out.append([])
         elif NUMBER.match(paragraph) or not re.search("[a-z]", paragraph) and paragraph[:1] != '"':
             continue  # a section's number, a line of capitals, a row of stars
-        elif paragraph.lower() in ("finis", "the end") or SLUR.search(paragraph):
+        elif paragraph.lower() in ("finis", "the end") or has_slur(paragraph):
             continue
         else:
             # The first word of a chapter is often set in capitals.
