@@ -20,7 +20,6 @@ use crate::load::WeightSource;
 /// One layer's attention. Below, `L` is `kv_lora_rank`, `P` the rotary and `Q` the position-free width of a head.
 pub struct MlaAttention {
     spec: Mla,
-    eps: f32,
     softmax_scale: f32,
     query: Query,
     kv_a: PackedMatrix,          // [L + P, D]
@@ -48,7 +47,6 @@ impl MlaAttention {
         let (key_up, value_up) = source.latent_heads(layer, spec)?;
         Ok(MlaAttention {
             spec: spec.clone(),
-            eps: source.spec().rms_norm_eps,
             softmax_scale: source.spec().softmax_scale() as f32,
             query,
             kv_a: source.matrix(&[Role::KvA(layer)])?,
@@ -73,14 +71,14 @@ impl MlaAttention {
             Query::Direct(w) => linear(ctx, x, w, x.dtype())?,
             Query::LowRank { a, norm, b } => {
                 let q_a = linear(ctx, x, a, x.dtype())?;
-                let q_a = rms_norm(ctx, &q_a, norm, self.eps, x.dtype())?;
+                let q_a = rms_norm(ctx, &q_a, norm, Mla::LATENT_NORM_EPS, x.dtype())?;
                 linear(ctx, &q_a, b, x.dtype())?
             }
         }; // [T, H (Q + P)]
         rope_queries(ctx, &mut q, spec.num_heads, rope, batch)?;
 
         let kv_a = linear(ctx, x, &self.kv_a, x.dtype())?; // [T, L + P]
-        let post = LatentPost { norm_weight: &self.kv_a_norm, eps: self.eps, rope };
+        let post = LatentPost { norm_weight: &self.kv_a_norm, eps: Mla::LATENT_NORM_EPS, rope };
         store_latent(ctx, (&kv_a).into(), &post, latent, batch)?;
 
         let q_latent = head_linear(ctx, &q, spec.qk_head_dim(), &self.key_up, x.dtype())?; // [T, H L]
