@@ -16,19 +16,25 @@
 
 pub mod add;
 pub mod add_rms_norm;
+pub mod attention;
 pub mod cols;
 pub mod combine;
 pub mod contract;
 pub mod dispatch;
+mod elementwise;
 pub mod embedding;
 pub mod experts;
 pub mod gather_rows;
 pub mod head_linear;
 mod lanes;
 pub mod linear;
+pub mod math;
 pub mod matrix;
+pub mod mla;
+pub mod paged;
 pub mod philox;
 pub mod rms_norm;
+pub mod rope;
 pub mod router;
 mod rows;
 pub mod sampler;

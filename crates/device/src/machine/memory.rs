@@ -18,13 +18,21 @@ pub(super) fn available(root: &Path) -> Option<Bytes> {
     [machine, group].into_iter().flatten().min()
 }
 
+/// The most memory that this process has held at once (`VmHWM`). `None` where the system does not tell.
+pub fn peak_memory() -> Option<Bytes> {
+    kib(&read(Path::new("/"), "proc/self/status")?, "VmHWM")
+}
+
 pub(super) fn total(root: &Path) -> Option<Bytes> {
     meminfo(root, "MemTotal")
 }
 
-/// A line such as `MemTotal:       24689764 kB` (the kernel's kB is 1024 bytes).
 fn meminfo(root: &Path, name: &str) -> Option<Bytes> {
-    let text = read(root, "proc/meminfo")?;
+    kib(&read(root, "proc/meminfo")?, name)
+}
+
+/// A line such as `MemTotal:       24689764 kB` (the kernel's kB is 1024 bytes).
+fn kib(text: &str, name: &str) -> Option<Bytes> {
     let (_, value) = text.lines().filter_map(|line| line.split_once(':')).find(|(key, _)| *key == name)?;
     value.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024).map(Bytes)
 }

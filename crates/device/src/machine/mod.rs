@@ -11,7 +11,7 @@ mod report;
 pub use cpu::{Cache, num_usable_cores};
 pub use gpu::Gpu;
 pub use library::Library;
-pub use memory::available_memory;
+pub use memory::{available_memory, peak_memory};
 pub use mpi::Mpi;
 
 use std::collections::BTreeMap;

@@ -15,7 +15,7 @@ use moesaic_spec::DType;
 
 use crate::KernelError;
 use crate::contract::{check, require};
-use crate::lanes::{Element, check_activation, multi_isa};
+use crate::elementwise::{Element, check_activation, multi_isa};
 use crate::rows::for_rows;
 
 pub mod reference;

@@ -19,7 +19,7 @@ use moesaic_spec::DType;
 use crate::KernelError;
 use crate::add::{add_rows, check_addends};
 use crate::contract::check;
-use crate::lanes::{Element, check_activation, multi_isa};
+use crate::elementwise::{Element, check_activation, multi_isa};
 use crate::rms_norm::normalize_row;
 use crate::rows::for_rows2;
 

@@ -16,7 +16,8 @@ use moesaic_spec::DType;
 
 use crate::KernelError;
 use crate::contract::require;
-use crate::lanes::{Element, check_activation, multi_isa};
+use crate::elementwise::{Element, check_activation, multi_isa};
+use crate::matrix::PackedMatrix;
 use crate::rows::for_rows;
 
 pub mod reference;
@@ -29,20 +30,39 @@ pub fn embedding(ctx: &Ctx, table: &Tensor, ids: &[u32]) -> Result<Tensor, Kerne
     let rank2 = table.dims().len() == 2 && table.dims()[1] > 0;
     require(rank2, OP, "table", || "[V, D]".into(), || format!("{:?}", table.dims()))?;
     let (v, d) = table.dims2();
+    let isa = ctx.isa();
+    look_up(ctx, (v, d), table.dtype(), ids, |ids, out| match table.dtype() {
+        DType::F32 => gather::<f32>(isa, table.f32(), ids, d, out),
+        _ => gather::<bf16>(isa, table.bf16(), ids, d, out),
+    })
+}
+
+/// The same of a packed matrix `[V, D]`: a head that is its own embedding (tied).
+pub fn embedding_packed(ctx: &Ctx, table: &PackedMatrix, ids: &[u32]) -> Result<Tensor, KernelError> {
+    let d = table.k();
+    look_up(ctx, (table.n(), d), table.dtype(), ids, |ids, out| {
+        out.chunks_exact_mut(d).zip(ids).for_each(|(out, &id)| table.row_to_f32(id as usize, out));
+    })
+}
+
+/// Checks, records, and has `gather` write the rows of some ids.
+fn look_up(
+    ctx: &Ctx,
+    (v, d): (usize, usize),
+    dtype: DType,
+    ids: &[u32],
+    gather: impl Fn(&[u32], &mut [f32]) + Sync,
+) -> Result<Tensor, KernelError> {
     if let Some((t, &id)) = ids.iter().enumerate().find(|&(_, &id)| id as usize >= v) {
         let got = format!("{id} at position {t}");
         return Err(KernelError::Contract { op: OP, what: "token id", expected: format!("below {v}"), got });
     }
     let t = ids.len();
-    let row_bytes = d * (table.dtype().size_bytes() + 4);
+    let row_bytes = d * (dtype.size_bytes() + 4);
     ctx.record(|| OpCall::compute(OP, &[("T", t), ("D", d)], 0, (t * (row_bytes + 4)) as u64));
     let mut out = ctx.empty(&[t, d], DType::F32)?;
     if !ctx.is_meta() {
-        let isa = ctx.isa();
-        for_rows(ctx, out.f32_mut(), d, row_bytes, |first, out| match table.dtype() {
-            DType::F32 => gather::<f32>(isa, table.f32(), &ids[first..], d, out),
-            _ => gather::<bf16>(isa, table.bf16(), &ids[first..], d, out),
-        });
+        for_rows(ctx, out.f32_mut(), d, row_bytes, |first, out| gather(&ids[first..], out));
     }
     Ok(out)
 }

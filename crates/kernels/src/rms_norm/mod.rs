@@ -16,7 +16,7 @@ use moesaic_device::{Ctx, OpCall, Tensor};
 use moesaic_spec::DType;
 
 use crate::contract::check;
-use crate::lanes::{Element, check_activation, multi_isa, sum_by};
+use crate::elementwise::{Element, check_activation, multi_isa, sum_by};
 use crate::rows::for_rows;
 use crate::{Cols, KernelError};
 

@@ -24,7 +24,7 @@ use moesaic_spec::{DType, Router, Scoring};
 
 use crate::KernelError;
 use crate::contract::{check, require};
-use crate::lanes::{exp, max, multi_isa, sum_by};
+use crate::elementwise::{exp, max, multi_isa, sum_by};
 use crate::rows::for_rows2;
 
 pub mod reference;

@@ -2,7 +2,7 @@
 
 use moesaic_device::Isa;
 
-use crate::lanes::{self, LANES, exp, multi_isa};
+use crate::elementwise::{self, LANES, exp, multi_isa};
 
 /// The unnormalised probability of a logit: `exp((x - max) / temperature)`, or 0 where that is below `min`.
 #[derive(Clone, Copy)]
@@ -86,7 +86,7 @@ multi_isa! { fn sum(x: &[f32], weight: Weight) -> f64 = sum_lanes }
 
 #[inline(always)]
 fn max_lanes(x: &[f32]) -> f32 {
-    lanes::max(x)
+    elementwise::max(x)
 }
 
 #[inline(always)]

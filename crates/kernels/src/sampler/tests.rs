@@ -42,6 +42,10 @@ fn tokens_are_those_of_the_reference_on_every_path() {
             let mut first: Option<Vec<Sampled>> = None;
             for ctx in &contexts {
                 let sampled = sample(ctx, &tensor(ctx, &[24, v], DType::F32, &data), &requests).unwrap();
+                if let Some(first) = &first {
+                    assert_eq!(*first, sampled, "{v} {params:?} on {}", ctx.isa());
+                    continue;
+                }
                 for (n, (sampled, request)) in sampled.iter().zip(&requests).enumerate() {
                     let row = &data[n * v..][..v];
                     let u = philox::uniform(params.seed, n as u64);
@@ -50,8 +54,7 @@ fn tokens_are_those_of_the_reference_on_every_path() {
                     let p = reference::probabilities(&raw)[sampled.token as usize];
                     assert!((f64::from(sampled.logprob) - p.ln()).abs() < 2e-6, "{} {}", sampled.logprob, p.ln());
                 }
-                let first = first.get_or_insert_with(|| sampled.clone());
-                assert_eq!(*first, sampled);
+                first = Some(sampled);
             }
         }
     }
@@ -80,10 +83,11 @@ fn a_row_alone_and_among_others_gives_the_same_token() {
 /// Draws many tokens from one row and counts them; the chi-square statistic against the reference's distribution.
 #[test]
 fn draws_follow_the_distribution() {
-    const DRAWS: usize = 20_000;
+    const DRAWS: usize = 6_000;
     const V: usize = 12;
     let ctx = Ctx::cpu(1, 8 << 20).unwrap();
-    let row = logits(21, V);
+    // Between e^-2 and e^2: every token is expected dozens of times, as the statistic needs.
+    let row = random(21, V);
     let generated = vec![0u32; DRAWS];
     for params in [
         base(1),
