@@ -18,6 +18,20 @@ pub enum KernelError {
         /// What came.
         got: String,
     },
+    /// A number that no computation may go on from.
+    #[error("{op}: row {row} of the {what} has {value} at column {column}, expected finite numbers only")]
+    NonFinite {
+        /// The op's folder.
+        op: &'static str,
+        /// The argument.
+        what: &'static str,
+        /// First row that has one.
+        row: usize,
+        /// Its first column that has one.
+        column: usize,
+        /// NaN or an infinity.
+        value: f32,
+    },
     /// No memory for the result.
     #[error(transparent)]
     Device(#[from] DeviceError),

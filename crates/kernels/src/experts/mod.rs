@@ -1,0 +1,231 @@
+//! A grouped MLP: `y [R, D] = act(x [R, D] · gate_upᵀ) · downᵀ`, each row by its own expert.
+//!
+//! Rows are sorted by expert; expert `e` has rows `offsets[e]..offsets[e + 1]`, possibly none. A dense MLP and shared
+//! experts are this op with one expert. Everything between is in the compute type of the weights: x, the hidden values
+//! (rounded once, after the activation, which is computed in F32) and y. The order of the sums is that of
+//! [`matrix`](crate::matrix).
+//!
+//! The activation is the sink of the first product: gate and up are never stored.
+
+pub mod activation;
+pub mod reference;
+#[cfg(test)]
+mod tests;
+mod weights;
+
+use half::bf16;
+use moesaic_device::{Amount, Ctx, Isa, OpCall, Stream, Tensor};
+use moesaic_spec::DType;
+
+use crate::KernelError;
+use crate::contract::{check, require};
+use crate::matrix::product::{self, Columns, Done, Job, Operand, Out, OutRow, padded};
+use crate::matrix::{PackedMatrix, TILE_N, round_bf16};
+
+pub use moesaic_spec::Activation;
+pub use weights::{ExpertWeight, ExpertWeights};
+
+use activation::{gelu_tanh, silu};
+
+const OP: &str = "experts";
+
+/// How many rows each expert has.
+#[derive(Clone, Copy, Debug)]
+pub enum RowsPerExpert<'a> {
+    /// Expert `e` has rows `offsets[e]..offsets[e + 1]`: `E + 1` ascending numbers from 0 to `R`.
+    Known(&'a [usize]),
+    /// Not decided yet (on `Meta`): each of `num_tokens` tokens is sent to `top_k` different experts, uniformly; `R` is
+    /// their product.
+    Uniform {
+        /// Tokens of the step.
+        num_tokens: usize,
+        /// Experts of a token.
+        top_k: usize,
+    },
+}
+
+/// The grouped MLP.
+pub fn experts(ctx: &Ctx, x: &Tensor, rows: RowsPerExpert, w: &ExpertWeights) -> Result<Tensor, KernelError> {
+    let (d, f, dtype) = w.shape()?;
+    let (num_experts, r) = (w.experts.len(), x.dims().first().copied().unwrap_or(0));
+    let compute = dtype.compute();
+    check(OP, "x", x, &[r, d], compute)?;
+    check_rows(ctx, rows, num_experts, r)?;
+    ctx.record(|| call(rows, w, r, (d, f, dtype)));
+    let mut y = ctx.empty(&[r, d], compute)?;
+    let h_width = padded(f, compute);
+    let mut h = ctx.empty(&[r, h_width], compute)?;
+    let copy = product::padded_copy(ctx, x.into(), 1, 0, d)?;
+    let RowsPerExpert::Known(offsets) = rows else { return Ok(y) };
+    if ctx.is_meta() || r == 0 {
+        return Ok(y);
+    }
+
+    let active: Vec<usize> = (0..num_experts).filter(|&e| offsets[e] < offsets[e + 1]).collect();
+    let x = match &copy {
+        Some(copy) => Operand::new(copy, 0, copy.dims2().1, r),
+        None => Operand::new(x, 0, d, r),
+    };
+    let hidden = Hidden { out: Out::new(&mut h), f, width: h_width, activation: w.activation };
+    product::run(ctx, &jobs(w, &active, offsets, x, ExpertWeight::gate_up), &|done| {
+        hidden.put(&done, offsets[active[done.job]])
+    });
+    let h = Operand::new(&h, 0, h_width, r);
+    let out = Out::new(&mut y);
+    product::run(ctx, &jobs(w, &active, offsets, h, ExpertWeight::down), &|done| {
+        let first = offsets[active[done.job]] * d;
+        // SAFETY: each expert has rows of its own.
+        unsafe { product::store(&done, &out, Columns { stride: d, first, num: d }, None) };
+    });
+    Ok(y)
+}
+
+/// One product for each active expert.
+fn jobs<'a>(
+    w: &'a ExpertWeights,
+    active: &[usize],
+    offsets: &[usize],
+    x: Operand<'a>,
+    matrix: fn(&ExpertWeight) -> &PackedMatrix,
+) -> Vec<Job<'a>> {
+    active.iter().map(|&e| Job { x: x.slice(offsets[e]..offsets[e + 1]), w: matrix(&w.experts[e]) }).collect()
+}
+
+fn check_rows(ctx: &Ctx, rows: RowsPerExpert, num_experts: usize, r: usize) -> Result<(), KernelError> {
+    match rows {
+        RowsPerExpert::Known(offsets) => {
+            let ok =
+                offsets.len() == num_experts + 1 && offsets[0] == 0 && offsets[num_experts] == r && offsets.is_sorted();
+            let expected = || format!("{} ascending from 0 to {r}", num_experts + 1);
+            require(ok, OP, "offsets", expected, || format!("{offsets:?}"))
+        }
+        RowsPerExpert::Uniform { num_tokens, top_k } => {
+            require(ctx.is_meta(), OP, "rows of each expert", || "known".into(), || "uniform".into())?;
+            let expected = || format!("{r} rows, at most {num_experts} experts a token");
+            let ok = top_k <= num_experts && num_tokens.checked_mul(top_k) == Some(r);
+            require(ok, OP, "tokens and experts a token", expected, || format!("{num_tokens} and {top_k}"))
+        }
+    }
+}
+
+/// Weights of experts that have rows are read once; x, the hidden values (written and read) and y.
+fn call(rows: RowsPerExpert, w: &ExpertWeights, r: usize, (d, f, dtype): (usize, usize, DType)) -> OpCall {
+    let num_experts = w.experts.len();
+    let active = match rows {
+        RowsPerExpert::Known(offsets) => {
+            Amount::exact(offsets.windows(2).filter(|pair| pair[0] < pair[1]).count() as u64)
+        }
+        RowsPerExpert::Uniform { num_tokens, top_k } => {
+            let unused = 1.0 - top_k as f64 / num_experts as f64;
+            let expected = num_experts as f64 * (1.0 - unused.powi(num_tokens.min(i32::MAX as usize) as i32));
+            Amount { expected, bound: num_experts.min(num_tokens.saturating_mul(top_k)) as u64 }
+        }
+    };
+    let weight = w.experts[0].size_bytes().0;
+    let values = (r * (2 * d + 2 * f) * dtype.compute().size_bytes()) as u64;
+    let matrices = if w.activation == Activation::SwiGlu { 3 } else { 2 };
+    OpCall {
+        op: OP,
+        dims: vec![
+            ("R", r as u64),
+            ("D", d as u64),
+            ("F", f as u64),
+            ("E", num_experts as u64),
+            ("active", active.bound),
+        ],
+        flops: Amount::exact(2 * matrices * r as u64 * (d * f) as u64),
+        bytes: Amount {
+            expected: active.expected * weight as f64 + values as f64,
+            bound: active.bound * weight + values,
+        },
+        stream: Stream::Compute,
+    }
+}
+
+/// The sink of the first product.
+struct Hidden<'a> {
+    out: Out<'a>,
+    f: usize,
+    /// `f` padded to what the second product reads.
+    width: usize,
+    activation: Activation,
+}
+
+impl Hidden<'_> {
+    /// Activates a block of the expert whose rows begin at `first_row`.
+    fn put(&self, done: &Done, first_row: usize) {
+        let (step, per_value) = match self.activation {
+            Activation::SwiGlu => (2 * TILE_N, 2),
+            Activation::Gelu => (TILE_N, 1),
+        };
+        let first = done.panels.start * TILE_N / per_value;
+        // Columns beyond f: the block that has the last column zeroes them.
+        let len = (done.panels.len() * TILE_N / per_value).min(self.f - first);
+        let end = if first + len == self.f { self.width } else { first + len };
+        for (row, c) in done.rows.clone().zip(done.c.chunks_exact(done.ldc)) {
+            // SAFETY: experts have rows of their own, blocks of one expert are disjoint, and only the last has the padding.
+            let mut out = unsafe { self.out.row((first_row + row) * self.width + first, end - first) };
+            match &mut out {
+                OutRow::F32(out) => out[len..].fill(0.0),
+                OutRow::BF16(out) => out[len..].fill(bf16::ZERO),
+            }
+            for (i, c) in c.chunks_exact(step).enumerate() {
+                let at = i * TILE_N..len.min((i + 1) * TILE_N);
+                let c: &[f32] = c;
+                match &mut out {
+                    OutRow::F32(out) => activate_f32(done.isa, self.activation, c, &mut out[at]),
+                    OutRow::BF16(out) => activate_bf16(done.isa, self.activation, c, &mut out[at]),
+                }
+            }
+        }
+    }
+}
+
+/// Up to 16 values from one panel, or from a panel of gates and one of ups.
+#[inline(always)]
+fn values(activation: Activation, c: &[f32]) -> [f32; TILE_N] {
+    let mut values = [0.0; TILE_N];
+    match activation {
+        Activation::SwiGlu => {
+            let (gate, up) = c.split_at(TILE_N);
+            for ((value, gate), up) in values.iter_mut().zip(gate).zip(up) {
+                *value = silu(*gate) * up;
+            }
+        }
+        Activation::Gelu => values.iter_mut().zip(c).for_each(|(value, c)| *value = gelu_tanh(*c)),
+    }
+    values
+}
+
+macro_rules! activate {
+    ($name:ident, $avx512:ident, $avx2:ident, $element:ty, $round:expr) => {
+        #[inline(always)]
+        fn $name(isa: Isa, activation: Activation, c: &[f32], out: &mut [$element]) {
+            #[cfg(target_arch = "x86_64")]
+            if isa >= Isa::Avx512 {
+                // SAFETY: the machine has AVX-512.
+                return unsafe { $avx512(activation, c, out) };
+            } else if isa >= Isa::Avx2 {
+                // SAFETY: the machine has AVX2 and FMA.
+                return unsafe { $avx2(activation, c, out) };
+            }
+            let _ = isa;
+            out.iter_mut().zip(values(activation, c)).for_each(|(out, value)| *out = $round(value));
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+        fn $avx512(activation: Activation, c: &[f32], out: &mut [$element]) {
+            out.iter_mut().zip(values(activation, c)).for_each(|(out, value)| *out = $round(value));
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma")]
+        fn $avx2(activation: Activation, c: &[f32], out: &mut [$element]) {
+            out.iter_mut().zip(values(activation, c)).for_each(|(out, value)| *out = $round(value));
+        }
+    };
+}
+
+activate!(activate_f32, activate_f32_avx512, activate_f32_avx2, f32, std::convert::identity);
+activate!(activate_bf16, activate_bf16_avx512, activate_bf16_avx2, bf16, |value| bf16::from_bits(round_bf16(value)));
