@@ -181,6 +181,55 @@ fn every_path_is_the_definition_and_all_have_the_same_bits() {
 }
 
 #[test]
+fn random_shapes_are_the_definition() {
+    let mut numbers = Numbers(2024);
+    let mut below = |n: usize| (((numbers.next() + 1.0) / 2.0 * n as f32) as usize).min(n - 1);
+    for _ in 0..40 {
+        let g = 1 + below(3);
+        let dtype = [DType::F32, DType::BF16][below(2)];
+        let window = [None, Some(1 + below(70))][below(2)];
+        let model =
+            Model { block_size: 8 * (1 + below(8)), window, ..Model::new(g * (1 + below(9)), g, 2 + below(72), dtype) };
+        let lens: Vec<(usize, usize)> = (0..1 + below(4)).map(|_| 1 + below(100)).map(|len| (len, len)).collect();
+        let batch = batch(model.block_size, &lens, NUM_BLOCKS, 1 + below(9));
+        let input = Numbers(below(1000) as u64).vec(batch.num_rows() * model.layout.width());
+        let (rows, out) = model.step(&ctx(Isa::detect(), 2), &mut model.kv(), &batch, &input);
+        let of = |seq: &PagedSeq, width: usize| seq.row0 * width..(seq.row0 + seq.num_rows) * width;
+        let out_width = model.layout.num_heads * model.layout.head_dim;
+        for seq in batch.seqs() {
+            let expected = model.reference(&rows[of(seq, model.layout.width())]);
+            assert_close(&out[of(seq, out_width)], &expected, dtype, &format!("{model:?} {lens:?}"));
+        }
+    }
+}
+
+#[test]
+fn a_nan_is_seen_and_stays_in_its_sequence() {
+    for dtype in [DType::F32, DType::BF16] {
+        let model = Model::new(4, 2, 16, dtype);
+        let (width, out_width) = (model.layout.width(), 64);
+        let batch = batch(16, &[(40, 40), (70, 70), (50, 50)], NUM_BLOCKS, 1);
+        let mut input = Numbers(6).vec(160 * width);
+        for isa in [Isa::Portable, Isa::detect()] {
+            let (_, clean) = model.step(&ctx(isa, 2), &mut model.kv(), &batch, &input);
+            // A key of the first head of row 30 of the second sequence.
+            let at = (40 + 30) * width + 4 * 16 + 3;
+            let before = std::mem::replace(&mut input[at], f32::NAN);
+            let (_, out) = model.step(&ctx(isa, 2), &mut model.kv(), &batch, &input);
+            input[at] = before;
+            for (row, (out, clean)) in out.chunks(out_width).zip(clean.chunks(out_width)).enumerate() {
+                if (70..110).contains(&row) {
+                    assert!(out[..32].iter().all(|x| x.is_nan()), "{isa} row {row}");
+                    assert_eq!(out[32..], clean[32..], "{isa} row {row}");
+                } else {
+                    assert_eq!(out, clean, "{isa} row {row}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_row_does_not_see_how_it_was_computed() {
     for dtype in [DType::F32, DType::BF16] {
         for (window, h, g, c) in [(None, 4, 2, 24), (Some(100), 12, 2, 16)] {

@@ -24,7 +24,7 @@ impl RopeTable {
     pub fn new(rope: &Rope, rotary_dim: usize, max_positions: usize) -> Result<RopeTable, KernelError> {
         let even = rotary_dim > 0 && rotary_dim.is_multiple_of(2);
         require(even, "rope", "rotary_dim", || "positive and even".into(), || rotary_dim.to_string())?;
-        let (frequencies, factor) = (frequencies(rope, rotary_dim), attention_factor(rope));
+        let (frequencies, factor) = (frequencies(rope, rotary_dim), rope.cos_sin_factor());
         let half = rotary_dim / 2;
         let mut table = Vec::with_capacity(max_positions * rotary_dim);
         for position in 0..max_positions {
@@ -115,37 +115,6 @@ fn frequencies(rope: &Rope, dim: usize) -> Vec<f64> {
     }
 }
 
-/// YaRN's attention temperature for a context that grows by `factor`.
-fn mscale(factor: f64, weight: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 }
-}
-
-/// The factor on cos and sin: explicit, or DeepSeek's ratio where both its terms are given (not 0), or YaRN's own.
-pub fn attention_factor(rope: &Rope) -> f64 {
-    match rope.scaling {
-        RopeScaling::None | RopeScaling::Linear { .. } => 1.0,
-        RopeScaling::Yarn { attention_factor: Some(explicit), .. } => explicit,
-        RopeScaling::Yarn { factor, mscale: numerator, mscale_all_dim: denominator, .. } => {
-            if numerator != 0.0 && denominator != 0.0 {
-                mscale(factor, numerator) / mscale(factor, denominator)
-            } else {
-                mscale(factor, 1.0)
-            }
-        }
-    }
-}
-
-/// The factor on attention scores: `1 / sqrt(qk_head_dim)`, times the square of YaRN's temperature where the model gives
-/// `mscale_all_dim` (DeepSeek-V3; only its attention does this, grouped-query models use `1 / sqrt(head_dim)` alone).
-pub fn softmax_scale(rope: &Rope, qk_head_dim: usize) -> f32 {
-    let plain = 1.0 / (qk_head_dim as f64).sqrt();
-    let temperature = match rope.scaling {
-        RopeScaling::Yarn { factor, mscale_all_dim, .. } if mscale_all_dim != 0.0 => mscale(factor, mscale_all_dim),
-        _ => 1.0,
-    };
-    (plain * temperature * temperature) as f32
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -209,13 +178,10 @@ mod tests {
             for (pair, expected) in pairs.into_iter().zip(expected) {
                 assert!((got[pair] / expected - 1.0).abs() < 2e-6, "pair {pair}: {} for {expected}", got[pair]);
             }
-            assert!((attention_factor(&rope) - factor).abs() < 1e-12);
+            assert!((rope.cos_sin_factor() - factor).abs() < 1e-12);
         }
         let plain = rope(10_000.0, deepseek(0.0, 0.0, true));
-        assert!((attention_factor(&plain) - 1.368_887_945_411_393_6).abs() < 1e-12);
-        assert!((softmax_scale(&plain, 64) - 0.125).abs() < 1e-9);
-        let squared = rope(10_000.0, deepseek(1.0, 1.0, true));
-        assert!((softmax_scale(&squared, 64) - 0.125 * 1.368_887_9 * 1.368_887_9).abs() < 1e-6);
+        assert!((plain.cos_sin_factor() - 1.368_887_945_411_393_6).abs() < 1e-12);
         let linear = rope(10_000.0, RopeScaling::Linear { factor: 4.0 });
         assert_eq!(frequencies(&linear, 4), [0.25, 0.0025]);
     }

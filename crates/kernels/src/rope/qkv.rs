@@ -6,6 +6,7 @@ use moesaic_spec::DType;
 
 use super::RopeTable;
 use crate::contract::{KernelError, check, require};
+use crate::elementwise::sum_by;
 use crate::paged::{PagedBatch, PagedKv, Shared};
 
 const OP: &str = "rope_and_store";
@@ -215,21 +216,10 @@ fn transform_row(x: &mut [f32], post: &QkvPost, norm: &NormValues, position: u32
     }
 }
 
-/// `x / sqrt(mean(x²) + eps) * weight`. The sum has sixteen partial sums, folded in halves; nothing is fused, so that the
-/// compiler's choice of vectors changes no bit.
+/// `x / sqrt(mean(x²) + eps) * weight`, in place.
 #[inline(always)]
 pub(crate) fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
-    let mut sums = [0.0f32; 16];
-    let mut chunks = x.chunks_exact(16);
-    for chunk in &mut chunks {
-        for (sum, x) in sums.iter_mut().zip(chunk) {
-            *sum += x * x;
-        }
-    }
-    for (sum, x) in sums.iter_mut().zip(chunks.remainder()) {
-        *sum += x * x;
-    }
-    let mean = crate::lanes::tree(sums, |a, b| a + b) / x.len() as f32;
+    let mean = sum_by(x, |x| x * x) / x.len() as f32;
     let scale = 1.0 / (mean + eps).sqrt();
     for (x, w) in x.iter_mut().zip(weight) {
         *x = *x * scale * w;

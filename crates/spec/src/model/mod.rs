@@ -227,7 +227,7 @@ pub struct Gqa {
     pub head_dim: usize,
     /// RMSNorm on queries and keys before RoPE.
     pub qk_norm: QkNorm,
-    /// Queries, keys and values are clamped to ±this before the norm (OLMoE).
+    /// Queries, keys and values are clamped to ±this, after the norm and before RoPE (OLMoE).
     pub clip_qkv: Option<f32>,
     /// A token sees at most this many last tokens, itself included.
     pub sliding_window: Option<usize>,
