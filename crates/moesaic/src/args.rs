@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use moesaic_engine::EngineConfig;
 use moesaic_model::LoadDType;
-use moesaic_spec::Bytes;
+use moesaic_spec::{Bytes, DropPolicy};
 
 /// Plans, runs and measures Mixture-of-Experts transformers.
 #[derive(Parser)]
@@ -55,6 +55,31 @@ pub(crate) struct ModelArgs {
     /// Type of the weights in memory; auto is the checkpoint's own.
     #[arg(long, value_enum, default_value_t, help_heading = "Model")]
     pub dtype: DTypeArg,
+    /// Give each expert room for at most this many times its even share of a sequence's tokens; without it, nothing is
+    /// dropped, whatever the config says.
+    #[arg(long, value_name = "FACTOR", help_heading = "Model")]
+    pub moe_expert_capacity_factor: Option<f32>,
+    /// Which tokens lose their place at a full expert.
+    #[arg(long, value_enum, default_value_t, help_heading = "Model")]
+    pub moe_token_drop_policy: DropPolicyArg,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub(crate) enum DropPolicyArg {
+    /// The lowest gate first.
+    #[default]
+    Probs,
+    /// The latest position first.
+    Position,
+}
+
+impl From<DropPolicyArg> for DropPolicy {
+    fn from(arg: DropPolicyArg) -> DropPolicy {
+        match arg {
+            DropPolicyArg::Probs => DropPolicy::Probs,
+            DropPolicyArg::Position => DropPolicy::Position,
+        }
+    }
 }
 
 impl ModelArgs {

@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use moesaic_engine::{Engine, EngineConfig, Launch, launch};
 use moesaic_model::Checkpoint;
 use moesaic_model::checkpoint::RandomWeights;
 use moesaic_spec::model::presets::preset;
-use moesaic_spec::{GenerationConfig, ModelSpec};
+use moesaic_spec::{Capacity, Ffn, GenerationConfig, ModelSpec};
 use moesaic_text::{Tokenizer, TokenizerFiles};
 
 use crate::args::{LoadFormat, ModelArgs};
@@ -46,7 +46,7 @@ impl OpenModel {
     /// Opens the named model, or the one inside the binary. Weights are mapped, not read.
     pub(crate) fn open(args: &ModelArgs) -> Result<OpenModel> {
         let dummy = args.load_format == LoadFormat::Dummy;
-        let model = match args.model() {
+        let mut model = match args.model() {
             None => OpenModel::embedded()?,
             Some(path) if path.is_dir() => OpenModel::folder(path, dummy)?,
             Some(path) if dummy => OpenModel {
@@ -58,10 +58,28 @@ impl OpenModel {
             },
             Some(path) => bail!("{}: is not a model folder; a preset's name needs --load-format dummy", path.display()),
         };
+        model.set_capacity(args)?;
         if let Some(tokenizer) = &model.tokenizer {
             tokenizer.check_vocab(model.spec.vocab_size)?;
         }
         Ok(model)
+    }
+
+    /// Dropping tokens is for training: a model whose config has a capacity answers with all of them unless asked not to.
+    fn set_capacity(&mut self, args: &ModelArgs) -> Result<()> {
+        let factor = args.moe_expert_capacity_factor;
+        ensure!(
+            factor.is_none_or(|factor| factor.is_finite() && factor > 0.0),
+            "--moe-expert-capacity-factor is {}; a number above 0 is right",
+            factor.unwrap_or_default()
+        );
+        let policy = args.moe_token_drop_policy.into();
+        for ffn in &mut self.spec.layers {
+            if let Ffn::Moe(moe) = ffn {
+                moe.capacity = factor.map(|factor| Capacity { factor, policy });
+            }
+        }
+        Ok(())
     }
 
     fn embedded() -> Result<OpenModel> {
