@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-use crate::DeviceError;
+use crate::{DeviceError, env};
 
 /// Instruction sets that kernels have paths for, each including those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -35,6 +35,12 @@ impl fmt::Display for Isa {
     }
 }
 
+impl serde::Serialize for Isa {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 impl Isa {
     /// The best that this machine and its operating system allow, found once per process.
     pub fn detect() -> Isa {
@@ -45,8 +51,7 @@ impl Isa {
     /// [`Isa::detect`], or the weaker one that the variable `MOESAIC_ISA` names.
     pub fn from_env() -> Result<Isa, DeviceError> {
         let best = Isa::detect();
-        let Some(asked) = std::env::var_os("MOESAIC_ISA") else { return Ok(best) };
-        let asked = asked.to_string_lossy().into_owned();
+        let Some(asked) = env::value("MOESAIC_ISA") else { return Ok(best) };
         let usable = || ALL.into_iter().filter(|&isa| isa <= best);
         usable().find(|isa| isa.to_string() == asked).ok_or_else(|| DeviceError::Isa {
             asked,

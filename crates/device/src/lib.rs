@@ -20,16 +20,21 @@
 //! ```
 
 pub mod arena;
+mod bandwidth;
 pub mod ctx;
+pub mod env;
 pub mod isa;
+pub mod machine;
 pub mod memory;
 pub mod op_log;
 pub mod pool;
 pub mod tensor;
 
 pub use arena::{Arena, Region};
+pub use bandwidth::measure_read_bandwidth;
 pub use ctx::{Ctx, Device};
 pub use isa::Isa;
+pub use machine::{Machine, available_memory, num_usable_cores};
 pub use memory::{FileMap, HostMemory};
 pub use op_log::{Amount, OpCall, Stream};
 pub use pool::{Pool, Task};
@@ -67,6 +72,16 @@ pub enum DeviceError {
         path: std::path::PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// An environment variable holds something that it cannot mean.
+    #[error("{variable}={value}: expected {expected}")]
+    Variable {
+        /// Its name.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// What would be right.
+        expected: &'static str,
     },
     /// `MOESAIC_ISA` names something that this machine cannot run.
     #[error("MOESAIC_ISA={asked}: this machine runs {available}")]

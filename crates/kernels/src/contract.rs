@@ -18,6 +18,20 @@ pub enum KernelError {
         /// What came.
         got: String,
     },
+    /// A number that no computation may go on from.
+    #[error("{op}: row {row} of the {what} has {value} at column {column}, expected finite numbers only")]
+    NonFinite {
+        /// The op's folder.
+        op: &'static str,
+        /// The argument.
+        what: &'static str,
+        /// First row that has one.
+        row: usize,
+        /// Its first column that has one.
+        column: usize,
+        /// NaN or an infinity.
+        value: f32,
+    },
     /// No memory for the result.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -51,45 +65,4 @@ pub fn require(
     got: impl FnOnce() -> String,
 ) -> Result<(), KernelError> {
     if condition { Ok(()) } else { Err(KernelError::Contract { op, what, expected: expected(), got: got() }) }
-}
-
-/// A range of columns of a tensor whose last dim is the columns and whose other dims are rows: a slice of a fused result,
-/// without a copy.
-#[derive(Clone, Copy)]
-pub struct Cols<'a> {
-    /// The wider tensor.
-    pub tensor: &'a Tensor,
-    /// First column.
-    pub start: usize,
-    /// Number of columns.
-    pub len: usize,
-}
-
-impl<'a> Cols<'a> {
-    /// Columns `start..start + len`.
-    pub fn new(tensor: &'a Tensor, start: usize, len: usize) -> Cols<'a> {
-        assert!(start + len <= width(tensor), "columns {start}..{start}+{len} of {:?}", tensor.dims());
-        Cols { tensor, start, len }
-    }
-
-    /// Columns of the wider tensor: elements from one row to the next.
-    pub fn width(&self) -> usize {
-        width(self.tensor)
-    }
-
-    /// Rows.
-    pub fn rows(&self) -> usize {
-        let dims = self.tensor.dims();
-        dims[..dims.len().saturating_sub(1)].iter().product()
-    }
-}
-
-impl<'a> From<&'a Tensor> for Cols<'a> {
-    fn from(tensor: &'a Tensor) -> Cols<'a> {
-        Cols { tensor, start: 0, len: width(tensor) }
-    }
-}
-
-fn width(tensor: &Tensor) -> usize {
-    *tensor.dims().last().expect("a tensor has at least one dim")
 }

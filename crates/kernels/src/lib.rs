@@ -14,13 +14,33 @@
 //! and everything inside an op are F32. A row's result never depends on the other rows of a step: every sum has an order
 //! that is fixed by the row's own sizes, whichever path computes it.
 
+pub mod add;
+pub mod add_rms_norm;
+pub mod attention;
+pub mod cols;
+pub mod combine;
 pub mod contract;
+pub mod dispatch;
+mod elementwise;
+pub mod embedding;
 pub mod experts;
+pub mod gather_rows;
 pub mod head_linear;
+mod lanes;
 pub mod linear;
+pub mod math;
 pub mod matrix;
+pub mod mla;
+pub mod paged;
+pub mod philox;
+pub mod rms_norm;
+pub mod rope;
+pub mod router;
+mod rows;
+pub mod sampler;
 
 #[cfg(test)]
 mod testing;
 
+pub use cols::Cols;
 pub use contract::KernelError;

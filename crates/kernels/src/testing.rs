@@ -1,111 +1,72 @@
-//! What tests of the matrix ops share: random operands, a context for every path, poisoned memory.
-
-use std::sync::{Arc, OnceLock};
+//! What the tests of all ops share.
 
 use half::bf16;
 use moesaic_device::{Arena, Ctx, Isa, Pool, Tensor, isa};
 use moesaic_spec::{Bytes, DType};
 
-use crate::matrix::{BlockScales, PackedMatrix, SourceMatrix, fp8};
+use crate::philox::uniform;
 
-/// A small generator (xorshift), seeded.
-pub(crate) struct Random(u64);
+/// Widths that miss and hit every vector length.
+pub(crate) const WIDTHS: [usize; 5] = [1, 7, 64, 100, 1000];
+/// The two activation types.
+pub(crate) const ACTIVATIONS: [DType; 2] = [DType::F32, DType::BF16];
 
-impl Random {
-    pub(crate) fn new(seed: u64) -> Random {
-        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub(crate) fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-
-    pub(crate) fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
-        &from[self.below(from.len())]
-    }
-
-    /// Within ±1, with some zeros.
-    pub(crate) fn value(&mut self) -> f32 {
-        if self.below(20) == 0 { 0.0 } else { (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0 }
-    }
-
-    /// Little-endian elements; F8 E4M3 codes are any but NaN.
-    pub(crate) fn bytes(&mut self, num: usize, dtype: DType) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(num * dtype.size_bytes());
-        for _ in 0..num {
-            let value = self.value();
-            match dtype {
-                DType::F32 => bytes.extend(value.to_le_bytes()),
-                DType::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
-                DType::F16 => bytes.extend(half::f16::from_f32(value).to_le_bytes()),
-                _ => bytes.push(std::iter::repeat_with(|| self.next() as u8).find(|c| c & 0x7f != 0x7f).unwrap()),
-            }
-        }
-        bytes
-    }
-
-    pub(crate) fn tensor(&mut self, dims: &[usize], dtype: DType) -> Tensor {
-        let bytes = self.bytes(dims.iter().product(), dtype);
-        tensor(dims, dtype, &bytes)
-    }
-
-    /// A packed matrix; F8 E4M3 with scales of 128 × 128.
-    pub(crate) fn matrix(&mut self, n: usize, k: usize, dtype: DType) -> PackedMatrix {
-        let mut w = PackedMatrix::empty(&arena(), n, k, dtype).unwrap();
-        let bytes = self.bytes(n * k, dtype);
-        let factors: Vec<f32> = (0..n.div_ceil(128) * k.div_ceil(128)).map(|_| self.value() / 64.0).collect();
-        let mut src = SourceMatrix::new(&bytes, dtype, n, k);
-        if dtype == DType::F8E4M3 {
-            src.scales = Some(BlockScales { factors: &factors, block: [128, 128] });
-        }
-        w.pack_rows(&Pool::new(1), 0, &src).unwrap();
-        w
-    }
+/// A context for each instruction set of this machine, with one thread and with three. Its memory is full of NaNs, so an
+/// output that is not written shows.
+pub(crate) fn contexts() -> Vec<Ctx> {
+    let usable = isa::ALL.into_iter().filter(|&isa| isa <= Isa::detect() && isa <= Isa::Avx512);
+    usable.flat_map(|isa| [1, 3].map(|threads| context(isa, threads))).collect()
 }
 
-/// An arena whose memory begins as NaN of every element type.
-pub(crate) fn arena() -> Arena {
-    let arena = Arena::host("test", Bytes(1 << 21)).unwrap();
-    arena.alloc(1 << 21).unwrap().bytes_mut().fill(0xff);
-    arena
+pub(crate) fn context(isa: Isa, num_threads: usize) -> Ctx {
+    let arena = Arena::host("test", Bytes(24 << 20)).unwrap();
+    let mut all = arena.alloc(24 << 20).unwrap();
+    all.bytes_mut().fill(0xff);
+    drop(all);
+    Ctx::cpu_with(arena, std::sync::Arc::new(Pool::new(num_threads)), isa)
 }
 
-pub(crate) fn tensor(dims: &[usize], dtype: DType, bytes: &[u8]) -> Tensor {
-    let mut tensor = Tensor::empty(&arena(), dims, dtype).unwrap();
-    tensor.bytes_mut().copy_from_slice(bytes);
+/// Numbers in `[-2, 2)`, the same for the same seed.
+pub(crate) fn random(seed: u64, len: usize) -> Vec<f32> {
+    (0..len).map(|i| (uniform(seed, i as u64) * 4.0 - 2.0) as f32).collect()
+}
+
+/// A tensor of these numbers, rounded to `dtype`; on `Meta` of their shape.
+pub(crate) fn tensor(ctx: &Ctx, dims: &[usize], dtype: DType, values: &[f32]) -> Tensor {
+    let mut tensor = ctx.empty(dims, dtype).unwrap();
+    match dtype {
+        _ if ctx.is_meta() => {}
+        DType::F32 => tensor.f32_mut().copy_from_slice(values),
+        DType::BF16 => {
+            tensor.bf16_mut().iter_mut().zip(values).for_each(|(to, &from)| *to = bf16::from_f32(from));
+        }
+        other => panic!("no test needs {other}"),
+    }
     tensor
 }
 
-/// A context of two threads for every instruction set that this machine has, best last.
-pub(crate) fn contexts() -> Vec<Ctx> {
-    static POOL: OnceLock<Arc<Pool>> = OnceLock::new();
-    let pool = POOL.get_or_init(|| Arc::new(Pool::new(2)));
-    let usable = isa::ALL.into_iter().filter(|&isa| isa <= Isa::detect());
-    usable.map(|isa| Ctx::cpu_with(arena(), pool.clone(), isa)).collect()
-}
-
-/// Fills the free activation memory with NaN, so that what an op does not write shows.
-pub(crate) fn poison(ctx: &Ctx) {
-    let free = (ctx.arena().capacity().0 - ctx.arena().in_use().0) as usize;
-    ctx.arena().alloc(free).unwrap().bytes_mut().fill(0xff);
-}
-
-/// The elements' bits as F32, NaNs alike.
-pub(crate) fn bits(tensor: &Tensor) -> Vec<u32> {
+/// A tensor's numbers.
+pub(crate) fn values(tensor: &Tensor) -> Vec<f32> {
     match tensor.dtype() {
-        DType::F32 => f32_bits(tensor.f32()),
-        DType::BF16 => f32_bits(&tensor.bf16().iter().map(|v| v.to_f32()).collect::<Vec<_>>()),
-        _ => f32_bits(&tensor.u8().iter().map(|&code| fp8::to_f32(code)).collect::<Vec<_>>()),
+        DType::F32 => tensor.f32().to_vec(),
+        DType::BF16 => tensor.bf16().iter().map(|x| x.to_f32()).collect(),
+        DType::I32 => tensor.i32().iter().map(|&x| x as f32).collect(),
+        other => panic!("no test needs {other}"),
     }
 }
 
-pub(crate) fn f32_bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
+/// `‖a - b‖ / ‖b‖`; NaN if either has one.
+pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+    difference / norm(&mut b.iter().map(|&b| f64::from(b))).max(f64::MIN_POSITIVE)
+}
+
+/// The same bits, with the place of the first that differ.
+pub(crate) fn assert_same_bytes(a: &Tensor, b: &Tensor, what: &str) {
+    assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()), "{what}");
+    if let Some(i) = (0..a.size_bytes()).find(|&i| a.bytes()[i] != b.bytes()[i]) {
+        panic!("{what}: byte {i} of {:?} {}", a.dims(), a.dtype());
+    }
 }

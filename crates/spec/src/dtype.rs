@@ -13,6 +13,8 @@ pub enum DType {
     F16,
     /// OCP FP8 E4M3 (finite only, NaN is 0x7f/0xff).
     F8E4M3,
+    /// OCP E8M0: a power of two, 2^(code - 127); block scales.
+    F8E8M0,
     /// 64-bit signed integer.
     I64,
     /// 32-bit signed integer.
@@ -28,7 +30,7 @@ impl DType {
             DType::I64 => 8,
             DType::F32 | DType::I32 => 4,
             DType::BF16 | DType::F16 => 2,
-            DType::F8E4M3 | DType::U8 => 1,
+            DType::F8E4M3 | DType::F8E8M0 | DType::U8 => 1,
         }
     }
 
@@ -49,6 +51,7 @@ impl fmt::Display for DType {
             DType::BF16 => "BF16",
             DType::F16 => "F16",
             DType::F8E4M3 => "F8_E4M3",
+            DType::F8E8M0 => "F8_E8M0",
             DType::I64 => "I64",
             DType::I32 => "I32",
             DType::U8 => "U8",

@@ -2,12 +2,30 @@
 //!
 //! This crate reads descriptions and checks them; it decides nothing, and knows no tensor, no device and no file but
 //! the text that it is handed.
+//!
+//! ```
+//! let preset = moesaic_spec::preset("mixtral-8x7b")?;
+//! let spec = preset.spec()?;
+//! let counts = spec.counts();
+//! assert_eq!(spec.layers.len(), 32);
+//! assert_eq!(counts.params_total / 1_000_000_000, 46);
+//! # Ok::<(), moesaic_spec::SpecError>(())
+//! ```
 
 pub mod dtype;
+pub mod error;
+pub mod generation;
 pub mod model;
+mod nearest;
 pub mod units;
 
 pub use dtype::DType;
+pub use error::SpecError;
+pub use generation::GenerationConfig;
+pub use model::counts::{Counts, FlopsPerToken, KvCounts, Part, PartName};
+pub use model::presets::{Preset, preset, presets};
+pub use model::scale::Scale;
+pub use model::tensors::{DTypeClass, FusedProj, Proj, Role, ScaleInv, TensorSpec};
 pub use model::{
     Activation, Attention, Capacity, DropPolicy, Family, Ffn, Gqa, Mla, Mlp, ModelSpec, Moe, QkNorm, Rope, RopeScaling,
     Router, Scoring,

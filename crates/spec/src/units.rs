@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// A size in bytes. Prints in binary units, as memory is sold and asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 pub struct Bytes(pub u64);
 
 impl fmt::Display for Bytes {

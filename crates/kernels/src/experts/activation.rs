@@ -1,15 +1,6 @@
 //! Activations of MLPs, the same operations in the same order whatever computes them: an exponential made of fused
 //! multiply-adds, so that vectors of any width and scalars agree to the bit.
 
-/// What an expert does between its two matrices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Activation {
-    /// `silu(gate) * up`, of two matrices.
-    SwiGlu,
-    /// GELU by the hyperbolic tangent, of one matrix.
-    GeluTanh,
-}
-
 /// `x / (1 + e^-x)`. Within 4 ulp of the exact value for |x| < 80.
 #[inline(always)]
 pub fn silu(x: f32) -> f32 {

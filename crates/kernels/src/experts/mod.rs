@@ -22,7 +22,7 @@ use crate::contract::{check, require};
 use crate::matrix::product::{self, Columns, Done, Job, Operand, Out, OutRow, padded};
 use crate::matrix::{PackedMatrix, TILE_N, round_bf16};
 
-pub use activation::Activation;
+pub use moesaic_spec::Activation;
 pub use weights::{ExpertWeight, ExpertWeights};
 
 use activation::{gelu_tanh, silu};
@@ -181,7 +181,7 @@ impl Hidden<'_> {
     fn put_any(&self, done: &Done, first_row: usize) {
         let (step, per_value) = match self.activation {
             Activation::SwiGlu => (2 * TILE_N, 2),
-            Activation::GeluTanh => (TILE_N, 1),
+            Activation::Gelu => (TILE_N, 1),
         };
         let first = done.panels.start * TILE_N / per_value;
         // Columns beyond f: the block that has the last column zeroes them.
@@ -224,7 +224,7 @@ fn values(activation: Activation, c: &[f32]) -> [f32; TILE_N] {
                 values[i] = silu(gate[i]) * up[i];
             }
         }
-        Activation::GeluTanh => {
+        Activation::Gelu => {
             for i in 0..TILE_N {
                 values[i] = gelu_tanh(panels[0][i]);
             }

@@ -27,7 +27,7 @@ fn one(x: &[f32], w: &ExpertWeight, activation: Activation) -> Vec<f32> {
                 let gate_row = f / TILE_N * 2 * TILE_N + f % TILE_N;
                 silu(dot(x, w.gate_up(), gate_row)) * dot(x, w.gate_up(), gate_row + TILE_N)
             }
-            Activation::GeluTanh => gelu_tanh(dot(x, w.gate_up(), f)),
+            Activation::Gelu => gelu_tanh(dot(x, w.gate_up(), f)),
         };
         rounded(value, compute)
     });

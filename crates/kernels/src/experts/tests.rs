@@ -2,8 +2,8 @@ use moesaic_device::{Arena, Pool};
 use moesaic_spec::Bytes;
 
 use super::*;
+use crate::matrix::testing::{Random, arena, bits, contexts, f32_bits, poison};
 use crate::matrix::{BlockScales, SourceMatrix};
-use crate::testing::{Random, arena, bits, contexts, f32_bits, poison};
 
 fn random_experts(
     random: &mut Random,
@@ -39,7 +39,7 @@ fn every_path_gives_the_bits_of_the_reference() {
         [&[0, 1, 2, 3], &[0, 0, 5, 5], &[0, 40, 40, 40], &[0, 0, 0, 1], &[0, 3, 20, 57], &[0, 0, 0, 0]];
     for (i, offsets) in cases.into_iter().cycle().take(36).enumerate() {
         let dtype = [DType::F32, DType::BF16, DType::F8E4M3][i / 6 % 3];
-        let activation = if i < 18 { Activation::SwiGlu } else { Activation::GeluTanh };
+        let activation = if i < 18 { Activation::SwiGlu } else { Activation::Gelu };
         let (d, f) = *random.pick(&[(1, 3), (16, 24), (32, 17), (33, 31), (100, 60), (64, 160), (48, 96)]);
         let w = random_experts(&mut random, 3, (d, f), dtype, activation);
         let x = random.tensor(&[offsets[3], d], dtype.compute());
@@ -62,7 +62,8 @@ fn a_row_does_not_depend_on_its_batch() {
         let together = bits(&experts(&ctx, &x, RowsPerExpert::Known(&[0, 20, 50]), &w).unwrap());
         let row_bytes = x.size_bytes() / 50;
         for row in [0, 19, 20, 49] {
-            let one = crate::testing::tensor(&[1, 64], dtype.compute(), &x.bytes()[row * row_bytes..][..row_bytes]);
+            let one =
+                crate::matrix::testing::tensor(&[1, 64], dtype.compute(), &x.bytes()[row * row_bytes..][..row_bytes]);
             let offsets = if row < 20 { [0, 1, 1] } else { [0, 0, 1] };
             let alone = experts(&ctx, &one, RowsPerExpert::Known(&offsets), &w).unwrap();
             assert_eq!(bits(&alone), together[row * 64..(row + 1) * 64], "{dtype} row {row}");
@@ -121,7 +122,7 @@ fn meta_records_what_a_real_run_records_and_bounds_what_it_cannot_know() {
 fn wrong_offsets_are_refused() {
     let mut random = Random::new(5);
     let ctx = Ctx::cpu(1, 1 << 20).unwrap();
-    let w = random_experts(&mut random, 2, (8, 8), DType::F32, Activation::GeluTanh);
+    let w = random_experts(&mut random, 2, (8, 8), DType::F32, Activation::Gelu);
     let x = random.tensor(&[3, 8], DType::F32);
     for offsets in [&[0, 3][..], &[0, 2, 4], &[1, 2, 3], &[0, 4, 3]] {
         let error = experts(&ctx, &x, RowsPerExpert::Known(offsets), &w).err().unwrap().to_string();

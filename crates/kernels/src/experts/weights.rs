@@ -31,7 +31,7 @@ pub struct ExpertWeight {
 fn first_rows(f: usize, activation: Activation) -> usize {
     match activation {
         Activation::SwiGlu => 2 * f.next_multiple_of(TILE_N),
-        Activation::GeluTanh => f,
+        Activation::Gelu => f,
     }
 }
 
@@ -126,7 +126,7 @@ impl ExpertWeight {
     fn pack_half(&mut self, pool: &Pool, half: usize, src: &SourceMatrix, first: usize) -> Result<(), KernelError> {
         let placement = match self.activation {
             Activation::SwiGlu => Placement { first: 0, panel_step: 2, panel_offset: half },
-            Activation::GeluTanh => {
+            Activation::Gelu => {
                 let got = || "a gate".to_string();
                 require(half == 1, OP, "weights of an expert without gate", || "up and down".into(), got)?;
                 Placement { first: 0, panel_step: 1, panel_offset: 0 }

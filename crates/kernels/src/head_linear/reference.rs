@@ -2,7 +2,7 @@
 
 use moesaic_spec::DType;
 
-use crate::contract::Cols;
+use crate::cols::Cols;
 use crate::linear::reference::linear;
 use crate::matrix::PackedMatrix;
 
@@ -10,7 +10,7 @@ use crate::matrix::PackedMatrix;
 pub fn head_linear<'a>(x: impl Into<Cols<'a>>, head_stride: usize, w: &[PackedMatrix], out_dtype: DType) -> Vec<f32> {
     let x = x.into();
     let heads = w.iter().enumerate().map(|(h, w)| {
-        let cols = Cols::new(x.tensor, x.start + h * head_stride, w.k());
+        let cols = Cols { tensor: x.tensor, start: x.start + h * head_stride, len: w.k() };
         linear(cols, w, None, out_dtype)
     });
     let heads: Vec<Vec<f32>> = heads.collect();

@@ -1,7 +1,7 @@
 use moesaic_device::Arena;
 
 use super::*;
-use crate::testing::{Random, bits, contexts, f32_bits, poison};
+use crate::matrix::testing::{Random, bits, contexts, f32_bits, poison};
 
 #[test]
 fn every_path_gives_the_bits_of_the_reference() {
@@ -14,7 +14,7 @@ fn every_path_gives_the_bits_of_the_reference() {
         let w: Vec<PackedMatrix> = (0..h).map(|_| random.matrix(n, k, dtype)).collect();
         let start = random.below(4);
         let x = random.tensor(&[t, start + h * stride], dtype.compute());
-        let x = Cols::new(&x, start, h * stride);
+        let x = Cols { tensor: &x, start, len: h * stride };
         let expected = f32_bits(&reference::head_linear(x, stride, &w, DType::BF16));
         for ctx in contexts() {
             poison(&ctx);

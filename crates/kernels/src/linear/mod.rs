@@ -11,7 +11,8 @@ use moesaic_device::{Ctx, OpCall, Tensor};
 use moesaic_spec::DType;
 
 use crate::KernelError;
-use crate::contract::{Cols, check, require};
+use crate::cols::Cols;
+use crate::contract::{check, require};
 use crate::matrix::PackedMatrix;
 use crate::matrix::product::{self, Columns, Job, Operand, Out};
 

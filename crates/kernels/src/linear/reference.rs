@@ -4,7 +4,7 @@ use half::bf16;
 use moesaic_device::Tensor;
 use moesaic_spec::DType;
 
-use crate::contract::Cols;
+use crate::cols::Cols;
 use crate::matrix::{PackedMatrix, reference};
 
 /// Row `row` of a column range, as F32.

@@ -3,7 +3,7 @@ use moesaic_spec::DType;
 
 use super::*;
 use crate::matrix::SourceMatrix;
-use crate::testing::{Random, bits, contexts, poison, tensor};
+use crate::matrix::testing::{Random, bits, contexts, poison, tensor};
 
 #[test]
 fn every_path_gives_the_bits_of_the_reference() {
@@ -18,12 +18,17 @@ fn every_path_gives_the_bits_of_the_reference() {
         let bias = random.tensor(&[n], DType::F32);
         let out = *random.pick(&[DType::F32, DType::BF16]);
         let bias = (i % 2 == 0).then_some(&bias);
-        let x = Cols::new(&x, start, k);
+        let x = Cols { tensor: &x, start, len: k };
         let expected = reference::linear(x, &w, bias, out);
         for ctx in contexts() {
             poison(&ctx);
             let y = linear_bias(&ctx, x, &w, bias, out).unwrap();
-            assert_eq!(bits(&y), crate::testing::f32_bits(&expected), "{dtype} [{t}, {n}, {k}] on {}", ctx.isa());
+            assert_eq!(
+                bits(&y),
+                crate::matrix::testing::f32_bits(&expected),
+                "{dtype} [{t}, {n}, {k}] on {}",
+                ctx.isa()
+            );
         }
     }
 }

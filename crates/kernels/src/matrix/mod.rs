@@ -36,6 +36,8 @@ pub mod reference;
 pub(crate) mod scratch;
 mod source;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 use moesaic_device::{Arena, Region};

@@ -13,7 +13,7 @@ use super::{PackedMatrix, SCALE_K, TILE_K, TILE_N, lanes};
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2, avx512};
 use crate::KernelError;
-use crate::contract::Cols;
+use crate::cols::Cols;
 
 /// Rows up to which AVX-512's multiply-adds stream weights faster than AMX.
 const FMA_ROWS: usize = 2;

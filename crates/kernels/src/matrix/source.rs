@@ -38,6 +38,36 @@ impl<'a> SourceMatrix<'a> {
         SourceMatrix { bytes, dtype, rows, cols, transposed: false, scales: None }
     }
 
+    /// The same elements with the factors of their blocks.
+    pub fn with_scales(self, factors: &'a [f32], block: [usize; 2]) -> SourceMatrix<'a> {
+        SourceMatrix { scales: Some(BlockScales { factors, block }), ..self }
+    }
+
+    /// The transpose of what these bytes hold.
+    pub fn transposed(self) -> SourceMatrix<'a> {
+        SourceMatrix { rows: self.cols, cols: self.rows, transposed: !self.transposed, ..self }
+    }
+
+    /// Some rows of a matrix that is neither transposed nor scaled.
+    pub fn row_range(&self, rows: std::ops::Range<usize>) -> SourceMatrix<'a> {
+        assert!(!self.transposed && self.scales.is_none() && rows.end <= self.rows, "rows {rows:?} of a plain matrix");
+        let row_bytes = self.cols * self.dtype.size_bytes();
+        let bytes = &self.bytes[rows.start * row_bytes..rows.end * row_bytes];
+        SourceMatrix { bytes, rows: rows.len(), ..*self }
+    }
+
+    /// All elements in order, widened, scales applied. `out` has `rows * cols` elements.
+    pub fn to_f32(&self, out: &mut [f32]) {
+        assert_eq!(out.len(), self.rows * self.cols, "elements");
+        let mut values = [0.0; TILE_K];
+        for (row, out) in out.chunks_mut(self.cols.max(1)).enumerate() {
+            for (i, out) in out.chunks_mut(TILE_K).enumerate() {
+                self.read_f32((row, i * TILE_K, out.len()), &mut values);
+                out.copy_from_slice(&values[..out.len()]);
+            }
+        }
+    }
+
     /// Checks that sizes fit together.
     pub(super) fn check(&self) -> Result<(), KernelError> {
         let known = matches!(self.dtype, DType::F32 | DType::BF16 | DType::F16 | DType::F8E4M3);

@@ -2,7 +2,7 @@ use half::{bf16, f16};
 use moesaic_device::Pool;
 
 use super::*;
-use crate::testing::{Random, arena};
+use crate::matrix::testing::{Random, arena};
 
 /// Reads an element of a source the slow way, as F32.
 fn element(src: &SourceMatrix, row: usize, col: usize) -> f32 {

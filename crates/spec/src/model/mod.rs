@@ -3,7 +3,22 @@
 //! A family's own file (`mixtral.rs`, `qwen3_moe.rs`, …) reads its `config.json` into [`ModelSpec`]; from there on
 //! nothing asks for the family's name except the names of tensors on disk.
 
-use crate::DType;
+pub(crate) mod common;
+pub mod counts;
+mod deepseek_v3;
+pub(crate) mod fields;
+mod mixtral;
+mod olmoe;
+mod paper;
+pub mod presets;
+mod qwen3_moe;
+pub mod scale;
+pub mod tensors;
+
+use serde_json::Value;
+
+use self::fields::{Fields, show};
+use crate::{DType, SpecError};
 
 /// Which `model_type` the description came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,6 +33,19 @@ pub enum Family {
     DeepseekV3,
     /// `moesaic_paper`: the models of the papers that the project comes from
     Paper,
+}
+
+impl Family {
+    /// The `model_type` that its config.json has.
+    pub const fn model_type(self) -> &'static str {
+        match self {
+            Family::Mixtral => "mixtral",
+            Family::Qwen3Moe => "qwen3_moe",
+            Family::Olmoe => "olmoe",
+            Family::DeepseekV3 => "deepseek_v3",
+            Family::Paper => "moesaic_paper",
+        }
+    }
 }
 
 /// A decoder-only Mixture-of-Experts transformer with pre-norm (RMSNorm) residual blocks.
@@ -49,6 +77,136 @@ pub struct ModelSpec {
     pub num_mtp_layers: usize,
 }
 
+/// Every `model_type` that is read.
+const MODEL_TYPES: [&str; 6] = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "kimi_k2", "moesaic_paper"];
+
+impl ModelSpec {
+    /// Reads the text of a `config.json`, in the form of transformers 4 or 5 or our own (`moesaic_paper`). `origin`
+    /// is its path, for messages. Total: any text gives a checked description or an error, in time and memory that
+    /// the length of the text bounds.
+    ///
+    /// # Errors
+    /// [`SpecError`]: not JSON, a field missing, of the wrong type, out of range or at odds with another, or something
+    /// that is not supported.
+    pub fn from_config_json(text: &str, origin: &str) -> Result<ModelSpec, SpecError> {
+        let map = common::parse_object(text, origin)?;
+        let f = Fields::new(origin, "", &map);
+        match map.get("model_type").and_then(Value::as_str) {
+            Some("mixtral") => mixtral::read(&f),
+            Some("qwen3_moe") => qwen3_moe::read(&f),
+            Some("olmoe") => olmoe::read(&f),
+            Some("deepseek_v3" | "kimi_k2") => deepseek_v3::read(&f),
+            Some("moesaic_paper") => paper::read(&f),
+            _ => match f.get("model_type") {
+                None => Err(f.missing("model_type", format!("one of {}", MODEL_TYPES.join(", ")))),
+                Some(other) => Err(SpecError::UnknownModelType {
+                    origin: origin.to_owned(),
+                    got: show(other),
+                    known: MODEL_TYPES.join(", "),
+                }),
+            },
+        }
+    }
+
+    /// The `config.json` that transformers and [`ModelSpec::from_config_json`] read back as this description.
+    /// `kimi_k2` is written as `deepseek_v3`, which it is.
+    pub fn to_config_json(&self) -> String {
+        let map = match self.family {
+            Family::Mixtral => mixtral::write(self),
+            Family::Qwen3Moe => qwen3_moe::write(self),
+            Family::Olmoe => olmoe::write(self),
+            Family::DeepseekV3 => deepseek_v3::write(self),
+            Family::Paper => paper::write(self),
+        };
+        let mut text = serde_json::to_string_pretty(&Value::Object(map)).expect("a JSON value prints");
+        text.push('\n');
+        text
+    }
+
+    /// The factor on query·key before the softmax: `1/sqrt(width)`, with YaRN's temperature squared for MLA
+    /// (DeepSeek-V3; the other families put all of it into cos and sin).
+    pub fn softmax_scale(&self) -> f64 {
+        match &self.attention {
+            Attention::Gqa(gqa) => (gqa.head_dim as f64).powf(-0.5),
+            Attention::Mla(mla) => {
+                let temperature = match self.rope.scaling {
+                    RopeScaling::Yarn { factor, mscale_all_dim, .. } if mscale_all_dim != 0.0 => {
+                        yarn_mscale(factor, mscale_all_dim)
+                    }
+                    _ => 1.0,
+                };
+                (mla.qk_head_dim() as f64).powf(-0.5) * temperature * temperature
+            }
+        }
+    }
+}
+
+/// YaRN's attention temperature, equation 22 of arXiv 2309.00071 with DeepSeek's `mscale` in front of the logarithm.
+fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+}
+
+impl Rope {
+    /// The factor on cos and sin (transformers' `attention_scaling`).
+    pub fn cos_sin_factor(&self) -> f64 {
+        match self.scaling {
+            RopeScaling::None | RopeScaling::Linear { .. } => 1.0,
+            RopeScaling::Yarn { attention_factor: Some(factor), .. } => factor,
+            RopeScaling::Yarn { factor, mscale, mscale_all_dim, .. } if mscale != 0.0 && mscale_all_dim != 0.0 => {
+                yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
+            }
+            RopeScaling::Yarn { factor, .. } => yarn_mscale(factor, 1.0),
+        }
+    }
+}
+
+impl Attention {
+    /// Query heads.
+    pub fn num_heads(&self) -> usize {
+        match self {
+            Attention::Gqa(gqa) => gqa.num_heads,
+            Attention::Mla(mla) => mla.num_heads,
+        }
+    }
+
+    /// Values that one token leaves in the cache of one layer: keys and values, or MLA's latent with the rotary key.
+    pub fn kv_values_per_token(&self) -> usize {
+        match self {
+            Attention::Gqa(gqa) => 2 * gqa.num_kv_heads * gqa.head_dim,
+            Attention::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
+        }
+    }
+}
+
+impl Mla {
+    /// The epsilon of the norms on the query's and the key/value latent. transformers builds these two with its
+    /// default instead of the model's `rms_norm_eps`.
+    pub const LATENT_NORM_EPS: f32 = 1e-6;
+
+    /// Width of a head's whole query or key.
+    pub fn qk_head_dim(&self) -> usize {
+        self.qk_nope_head_dim + self.qk_rope_head_dim
+    }
+}
+
+impl Ffn {
+    /// The experts, where the layer has them.
+    pub fn as_moe(&self) -> Option<&Moe> {
+        match self {
+            Ffn::Moe(moe) => Some(moe),
+            Ffn::Dense(_) => None,
+        }
+    }
+
+    /// The MLP, where the layer is dense.
+    pub fn as_dense(&self) -> Option<&Mlp> {
+        match self {
+            Ffn::Dense(mlp) => Some(mlp),
+            Ffn::Moe(_) => None,
+        }
+    }
+}
+
 /// How tokens look at each other.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Attention {
@@ -69,7 +227,7 @@ pub struct Gqa {
     pub head_dim: usize,
     /// RMSNorm on queries and keys before RoPE.
     pub qk_norm: QkNorm,
-    /// Queries, keys and values are clamped to ±this before the norm (OLMoE).
+    /// Queries, keys and values are clamped to ±this, after the norm and before RoPE (OLMoE).
     pub clip_qkv: Option<f32>,
     /// A token sees at most this many last tokens, itself included.
     pub sliding_window: Option<usize>,
@@ -136,9 +294,9 @@ pub enum RopeScaling {
         beta_fast: f64,
         /// Rotations at which interpolation is complete.
         beta_slow: f64,
-        /// DeepSeek's numerator of the attention temperature.
+        /// DeepSeek's numerator of the attention temperature; 0 is absent.
         mscale: f64,
-        /// DeepSeek's denominator, also applied to the softmax scale, squared.
+        /// DeepSeek's denominator, also applied to the softmax scale, squared; 0 is absent.
         mscale_all_dim: f64,
         /// Explicit factor on cos and sin, instead of the one that follows from `factor`.
         attention_factor: Option<f64>,

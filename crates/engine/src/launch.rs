@@ -1,0 +1,119 @@
+//! From a description and weights to an engine: settle the memory, then take it, then load.
+
+use std::sync::Arc;
+
+use moesaic_device::{Arena, Ctx, Isa, Pool, env, machine};
+use moesaic_model::checkpoint::RandomWeights;
+use moesaic_model::{Checkpoint, KvCache, MetaModel, SeqShape, Transformer, WeightSource};
+use moesaic_plan::{MemoryLedger, MemoryRequest};
+use moesaic_sched::{Scheduler, SchedulerConfig};
+use moesaic_spec::{Bytes, ModelSpec};
+
+use crate::{Engine, EngineConfig, EngineError, Rank};
+
+/// Kernel scratch and stacks of one thread.
+const THREAD_WORKSPACE_BYTES: u64 = 8 << 20;
+
+/// Where the weights of an engine come from.
+pub enum Launch<'a> {
+    /// A model folder.
+    Checkpoint(&'a Checkpoint),
+    /// Random weights (`--load-format dummy`).
+    Random(RandomWeights),
+}
+
+/// Builds an engine. Nothing large is allocated before the ledger is settled; `progress` is told the bytes loaded so far.
+pub fn launch(
+    spec: &ModelSpec,
+    weights: &Launch,
+    config: &EngineConfig,
+    progress: impl FnMut(u64),
+) -> Result<Engine, EngineError> {
+    let num_threads = match config.num_threads.or(env::num_threads()?) {
+        Some(num_threads) => num_threads,
+        None => machine::num_usable_cores(),
+    };
+    let max_model_len = max_model_len(spec, config)?;
+    if let Launch::Checkpoint(checkpoint) = weights {
+        checkpoint.check(spec)?;
+    }
+    let meta = MetaModel::new(spec, config.dtype, max_model_len)?;
+    let compute_dtype = meta.transformer().compute_dtype();
+    let ledger = MemoryLedger::settle(&MemoryRequest {
+        // Where the system does not tell what is left, it is asked for what is needed and may refuse.
+        budget: config.memory_limit.unwrap_or_else(|| {
+            let available = machine::available_memory().unwrap_or(Bytes(u64::MAX >> 1));
+            Bytes((available.0 as f64 * config.memory_utilization) as u64)
+        }),
+        weights: meta.weight_bytes,
+        activations: activation_peak(&meta, config, max_model_len)?,
+        workspace: Bytes(num_threads as u64 * (THREAD_WORKSPACE_BYTES + 16 * spec.vocab_size as u64)),
+        block_bytes: KvCache::block_bytes(spec, compute_dtype, config.block_size)?,
+        block_size: config.block_size,
+        max_model_len,
+        max_num_seqs: config.max_num_seqs,
+        kv_cache: config.kv_cache,
+    })?;
+
+    let pool = Arc::new(Pool::new(num_threads));
+    let weight_arena = Arena::host("weight", Bytes(ledger.weights_bytes))?;
+    let kv_arena = Arena::host("kv", Bytes(ledger.kv_cache_bytes))?;
+    let activation_arena = Arena::host("activation", Bytes(ledger.activations_bytes))?;
+    let kv = KvCache::new(&kv_arena, spec, compute_dtype, ledger.num_blocks, ledger.block_size)?;
+    let source = match weights {
+        Launch::Checkpoint(checkpoint) => {
+            WeightSource::checkpoint(spec, config.dtype, &weight_arena, &pool, checkpoint)
+        }
+        Launch::Random(random) => WeightSource::random(spec, config.dtype, &weight_arena, &pool, random),
+    };
+    let transformer = Transformer::load(&source.on_progress(progress), max_model_len)?;
+
+    let scheduler = Scheduler::new(SchedulerConfig {
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_model_len,
+        block_size: config.block_size,
+        num_blocks: ledger.num_blocks,
+        max_num_waiting: config.max_num_waiting,
+        // Kept logits are of every position, so every position must be computed.
+        enable_prefix_caching: config.enable_prefix_caching && !config.keep_logits,
+        enable_chunked_prefill: config.enable_chunked_prefill,
+    })?;
+    let ctx = Ctx::cpu_with(activation_arena, pool, Isa::from_env()?);
+    Ok(Engine::new(scheduler, Rank::new(ctx, transformer, kv, config.keep_logits), ledger))
+}
+
+fn max_model_len(spec: &ModelSpec, config: &EngineConfig) -> Result<usize, EngineError> {
+    let limit = spec.max_position_embeddings;
+    match config.max_model_len {
+        None => Ok(limit),
+        Some(len) if (1..=limit).contains(&len) => Ok(len),
+        Some(len) => Err(EngineError::Invalid {
+            field: "max_model_len",
+            value: len.to_string(),
+            right: format!("1 to the model's max_position_embeddings {limit} is right"),
+        }),
+    }
+}
+
+/// The largest activation arena over the shapes that the scheduler can ask for: all tokens of one prompt, all sequences
+/// decoding, and both together.
+fn activation_peak(meta: &MetaModel, config: &EngineConfig, max_model_len: usize) -> Result<Bytes, EngineError> {
+    let (seqs, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
+    let prefill = |num_tokens: usize| SeqShape { num_tokens, context_len: num_tokens, samples: true };
+    let decode = SeqShape { num_tokens: 1, context_len: max_model_len, samples: true };
+    let one_prompt = tokens.min(max_model_len);
+    let mut shapes = vec![vec![prefill(one_prompt)], vec![decode; seqs.min(tokens)]];
+    // As many sampled rows as there can be, and as many tokens.
+    let per_seq = (tokens / seqs).clamp(1, max_model_len);
+    let mut mixed: Vec<SeqShape> = vec![prefill(per_seq); seqs.min(tokens)];
+    let rest = tokens.saturating_sub(per_seq * mixed.len());
+    mixed[0] = prefill((per_seq + rest).min(max_model_len));
+    shapes.push(mixed);
+    let mut peak = Bytes(0);
+    for shape in &shapes {
+        let trace = meta.trace(shape, config.block_size, config.keep_logits)?;
+        peak = peak.max(trace.activation_peak);
+    }
+    Ok(peak)
+}

@@ -1,0 +1,89 @@
+//! Multi-head latent attention in its absorbed form (DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C).
+//!
+//! A head's key is `W_UK c` for the token's latent `c`, so `q · W_UK c = (W_UKᵀ q) · c`: the query is taken to the latent
+//! space once, and the cache holds latents only. Values come out as latents and are expanded by `W_UV` after the sum.
+
+use moesaic_device::{Ctx, Tensor};
+use moesaic_kernels::head_linear::head_linear;
+use moesaic_kernels::linear::linear;
+use moesaic_kernels::matrix::PackedMatrix;
+use moesaic_kernels::mla::{LatentPost, mla_attention, rope_queries, store_latent};
+use moesaic_kernels::paged::{PagedBatch, PagedLatent};
+use moesaic_kernels::rms_norm::rms_norm;
+use moesaic_kernels::rope::RopeTable;
+use moesaic_spec::Mla;
+use moesaic_spec::model::tensors::Role;
+
+use crate::ModelError;
+use crate::load::WeightSource;
+
+/// One layer's attention. Below, `L` is `kv_lora_rank`, `P` the rotary and `Q` the position-free width of a head.
+pub struct MlaAttention {
+    spec: Mla,
+    softmax_scale: f32,
+    query: Query,
+    kv_a: PackedMatrix,          // [L + P, D]
+    kv_a_norm: Tensor,           // [L]
+    key_up: Vec<PackedMatrix>,   // a head: W_UKᵀ [L, Q]
+    value_up: Vec<PackedMatrix>, // a head: W_UV [V, L]
+    output: PackedMatrix,        // [D, H V]
+}
+
+enum Query {
+    Direct(PackedMatrix), // [H (Q + P), D]
+    LowRank { a: PackedMatrix, norm: Tensor, b: PackedMatrix },
+}
+
+impl MlaAttention {
+    pub(crate) fn load(source: &WeightSource, layer: usize, spec: &Mla) -> Result<MlaAttention, ModelError> {
+        let query = match spec.q_lora_rank {
+            None => Query::Direct(source.matrix(&[Role::Q(layer)])?),
+            Some(_) => Query::LowRank {
+                a: source.matrix(&[Role::QA(layer)])?,
+                norm: source.vector(&[Role::QANorm(layer)])?,
+                b: source.matrix(&[Role::QB(layer)])?,
+            },
+        };
+        let (key_up, value_up) = source.latent_heads(layer, spec)?;
+        Ok(MlaAttention {
+            spec: spec.clone(),
+            softmax_scale: source.spec().softmax_scale() as f32,
+            query,
+            kv_a: source.matrix(&[Role::KvA(layer)])?,
+            kv_a_norm: source.vector(&[Role::KvANorm(layer)])?,
+            key_up,
+            value_up,
+            output: source.matrix(&[Role::O(layer)])?,
+        })
+    }
+
+    /// `x [T, D] → [T, D]`; this step's latents go into `latent`.
+    pub fn forward(
+        &self,
+        ctx: &Ctx,
+        x: &Tensor,
+        latent: &mut PagedLatent,
+        batch: &PagedBatch,
+        rope: &RopeTable,
+    ) -> Result<Tensor, ModelError> {
+        let spec = &self.spec;
+        let mut q = match &self.query {
+            Query::Direct(w) => linear(ctx, x, w, x.dtype())?,
+            Query::LowRank { a, norm, b } => {
+                let q_a = linear(ctx, x, a, x.dtype())?;
+                let q_a = rms_norm(ctx, &q_a, norm, Mla::LATENT_NORM_EPS, x.dtype())?;
+                linear(ctx, &q_a, b, x.dtype())?
+            }
+        }; // [T, H (Q + P)]
+        rope_queries(ctx, &mut q, spec.num_heads, rope, batch)?;
+
+        let kv_a = linear(ctx, x, &self.kv_a, x.dtype())?; // [T, L + P]
+        let post = LatentPost { norm_weight: &self.kv_a_norm, eps: Mla::LATENT_NORM_EPS, rope };
+        store_latent(ctx, (&kv_a).into(), &post, latent, batch)?;
+
+        let q_latent = head_linear(ctx, &q, spec.qk_head_dim(), &self.key_up, x.dtype())?; // [T, H L]
+        let values = mla_attention(ctx, &q_latent, &q, spec.num_heads, latent, batch, self.softmax_scale)?; // [T, H L]
+        let values = head_linear(ctx, &values, spec.kv_lora_rank, &self.value_up, x.dtype())?; // [T, H V]
+        Ok(linear(ctx, &values, &self.output, x.dtype())?)
+    }
+}

@@ -1,0 +1,58 @@
+//! Routed experts: route, dispatch, experts, combine.
+
+use moesaic_device::{Ctx, Tensor};
+use moesaic_kernels::combine::combine;
+use moesaic_kernels::dispatch::dispatch;
+use moesaic_kernels::experts::{ExpertWeights, RowsPerExpert, experts};
+use moesaic_kernels::linear::linear;
+use moesaic_kernels::matrix::PackedMatrix;
+use moesaic_kernels::paged::PagedBatch;
+use moesaic_kernels::router::router;
+use moesaic_spec::model::tensors::Role;
+use moesaic_spec::{DType, Moe};
+
+use super::ffn::dense;
+use crate::ModelError;
+use crate::load::WeightSource;
+
+/// One layer's router and experts.
+pub struct MoeLayer {
+    spec: Moe,
+    gate: PackedMatrix,              // [E, D]
+    correction_bias: Option<Tensor>, // [E]
+    experts: ExpertWeights,
+    shared: Option<ExpertWeights>,
+}
+
+impl MoeLayer {
+    pub(crate) fn load(source: &WeightSource, layer: usize, spec: &Moe) -> Result<MoeLayer, ModelError> {
+        let shared = |proj| Role::Shared(layer, proj);
+        Ok(MoeLayer {
+            spec: spec.clone(),
+            gate: source.matrix(&[Role::Router(layer)])?,
+            correction_bias: source.vector_if(spec.router.correction_bias, &[Role::RouterBias(layer)])?,
+            experts: source.routed_experts(layer, spec)?,
+            shared: match spec.shared_intermediate_size {
+                0 => None,
+                width => Some(source.experts(&[&shared], width, spec.activation)?),
+            },
+        })
+    }
+
+    /// `x [T, D] → [T, D]`.
+    pub fn forward(&self, ctx: &Ctx, x: &Tensor, batch: &PagedBatch) -> Result<Tensor, ModelError> {
+        let spec = &self.spec;
+        let logits = linear(ctx, x, &self.gate, DType::F32)?; // [T, E]
+        let routing = router(ctx, &logits, &spec.router, spec.top_k, self.correction_bias.as_ref())?; // [T, A]
+        let sequences: Vec<_> = batch.seqs().iter().map(|seq| seq.row0..seq.row0 + seq.num_rows).collect();
+        let capacity = spec.capacity.as_ref().map(|capacity| (capacity, sequences.as_slice()));
+        let sorted = dispatch(ctx, x, &routing, spec.num_experts, capacity)?; // [R, D]
+        let rows = match ctx.is_meta() {
+            true => RowsPerExpert::Uniform { num_tokens: x.dims()[0], top_k: spec.top_k },
+            false => RowsPerExpert::Known(&sorted.offsets),
+        };
+        let y = experts(ctx, &sorted.x, rows, &self.experts)?; // [R, D]
+        let shared = self.shared.as_ref().map(|weights| dense(ctx, x, weights)).transpose()?;
+        Ok(combine(ctx, &y, &sorted.row_of, &routing.topk_weights, shared.as_ref())?) // [T, D]
+    }
+}

@@ -1,0 +1,435 @@
+//! The command line, spelled as in vLLM where vLLM has the flag.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use moesaic_engine::EngineConfig;
+use moesaic_model::LoadDType;
+use moesaic_spec::{Bytes, DropPolicy};
+
+/// Plans, runs and measures Mixture-of-Experts transformers.
+#[derive(Parser)]
+#[command(name = "moesaic", version, about, propagate_version = true)]
+#[command(after_help = "Examples:\n  \
+    moesaic generate --prompt \"It was a fine morning, and\"     the model inside the binary\n  \
+    moesaic generate ./Qwen3-30B-A3B --chat                    talk to a Hugging Face model folder\n  \
+    moesaic inspect deepseek-v3                                what a model is, without its weights\n  \
+    moesaic bench latency ./model --batch-size 1,4,16          how fast, and how near the machine's limit")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Continue a prompt, or chat.
+    Generate(GenerateArgs),
+    /// Say what a model is: parameters, bytes, KV cache, FLOPs.
+    Inspect(InspectArgs),
+    /// Write a random checkpoint of any preset or config, scaled to any size.
+    Init(InitArgs),
+    /// Measure latency or throughput.
+    Bench(BenchArgs),
+    /// Say what this machine has.
+    Doctor(DoctorArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct ModelArgs {
+    /// Model folder (Hugging Face format), or a preset with --load-format dummy; without one, the small model inside
+    /// the binary.
+    #[arg(value_name = "MODEL", help_heading = "Model")]
+    model: Option<PathBuf>,
+    /// The same as MODEL.
+    #[arg(long = "model", value_name = "MODEL", conflicts_with = "model", help_heading = "Model")]
+    model_flag: Option<PathBuf>,
+    /// Where weights come from: the folder's files, or random ones (dummy).
+    #[arg(long, value_enum, default_value_t, help_heading = "Model")]
+    pub load_format: LoadFormat,
+    /// Type of the weights in memory; auto is the checkpoint's own.
+    #[arg(long, value_enum, default_value_t, help_heading = "Model")]
+    pub dtype: DTypeArg,
+    /// Give each expert room for at most this many times its even share of a sequence's tokens; without it, nothing is
+    /// dropped, whatever the config says.
+    #[arg(long, value_name = "FACTOR", help_heading = "Model")]
+    pub moe_expert_capacity_factor: Option<f32>,
+    /// Which tokens lose their place at a full expert.
+    #[arg(long, value_enum, default_value_t, help_heading = "Model")]
+    pub moe_token_drop_policy: DropPolicyArg,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub(crate) enum DropPolicyArg {
+    /// The lowest gate first.
+    #[default]
+    Probs,
+    /// The latest position first.
+    Position,
+}
+
+impl From<DropPolicyArg> for DropPolicy {
+    fn from(arg: DropPolicyArg) -> DropPolicy {
+        match arg {
+            DropPolicyArg::Probs => DropPolicy::Probs,
+            DropPolicyArg::Position => DropPolicy::Position,
+        }
+    }
+}
+
+impl ModelArgs {
+    /// The model that was named, by position or by flag.
+    pub(crate) fn model(&self) -> Option<&PathBuf> {
+        self.model.as_ref().or(self.model_flag.as_ref())
+    }
+}
+
+#[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
+pub(crate) enum LoadFormat {
+    /// Read the checkpoint.
+    #[default]
+    Auto,
+    /// Random weights.
+    Dummy,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub enum DTypeArg {
+    /// As stored.
+    #[default]
+    Auto,
+    /// F32.
+    #[value(alias = "float", alias = "f32")]
+    Float32,
+    /// BF16.
+    #[value(alias = "bf16")]
+    Bfloat16,
+}
+
+impl From<DTypeArg> for LoadDType {
+    fn from(arg: DTypeArg) -> LoadDType {
+        match arg {
+            DTypeArg::Auto => LoadDType::Auto,
+            DTypeArg::Float32 => LoadDType::Float32,
+            DTypeArg::Bfloat16 => LoadDType::BFloat16,
+        }
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct EngineArgs {
+    /// Longest sequence (prompt and answer), tokens; by default what the requests need.
+    #[arg(long, value_name = "N", help_heading = "Engine")]
+    pub max_model_len: Option<usize>,
+    /// Sequences that run at a time.
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Engine")]
+    pub max_num_seqs: usize,
+    /// Tokens of one step; longer prompts are cut into chunks.
+    #[arg(long, value_name = "N", default_value_t = 512, help_heading = "Engine")]
+    pub max_num_batched_tokens: usize,
+    /// Tokens of a KV block.
+    #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Engine")]
+    pub block_size: usize,
+    /// Don't share the KV cache of equal prefixes.
+    #[arg(long, help_heading = "Engine")]
+    pub no_enable_prefix_caching: bool,
+    /// Don't cut prompts into chunks.
+    #[arg(long, help_heading = "Engine")]
+    pub no_enable_chunked_prefill: bool,
+    /// Threads; all usable cores by default.
+    #[arg(long, value_name = "N", help_heading = "Engine")]
+    pub num_threads: Option<usize>,
+    /// Share of the available memory that may be used.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, help_heading = "Memory")]
+    pub memory_utilization: f64,
+    /// Memory that may be used, instead of a share (4GiB, 500MB, bytes).
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "Memory")]
+    pub memory_limit: Option<Bytes>,
+    /// Size of the KV cache; by default what the sequences need.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "Memory")]
+    pub kv_cache_memory_bytes: Option<Bytes>,
+}
+
+impl EngineArgs {
+    /// The engine's settings; `needed_len` is used where no longest length was asked for.
+    pub(crate) fn config(&self, dtype: DTypeArg, needed_len: usize) -> anyhow::Result<EngineConfig> {
+        anyhow::ensure!(
+            self.memory_utilization > 0.0 && self.memory_utilization <= 1.0,
+            "--memory-utilization is {}; a share above 0 and at most 1 is right",
+            self.memory_utilization
+        );
+        for (flag, value, most) in [
+            ("--max-num-seqs", Some(self.max_num_seqs), 1 << 16),
+            ("--max-num-batched-tokens", Some(self.max_num_batched_tokens), 1 << 20),
+            ("--num-threads", self.num_threads, 1024),
+            ("--block-size", Some(self.block_size), 1024),
+        ] {
+            let value = value.unwrap_or(1);
+            anyhow::ensure!((1..=most).contains(&value), "{flag} is {value}; 1 to {most} is right");
+        }
+        Ok(EngineConfig {
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_model_len: Some(self.max_model_len.unwrap_or(needed_len)),
+            block_size: self.block_size,
+            enable_prefix_caching: !self.no_enable_prefix_caching,
+            enable_chunked_prefill: !self.no_enable_chunked_prefill,
+            num_threads: self.num_threads,
+            memory_utilization: self.memory_utilization,
+            memory_limit: self.memory_limit,
+            kv_cache: self.kv_cache_memory_bytes,
+            dtype: dtype.into(),
+            ..EngineConfig::default()
+        })
+    }
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic generate --prompt \"She had always been\" --max-tokens 60\n  \
+    echo \"Dear Sir,\" | moesaic generate ./model\n  \
+    moesaic generate ./model --chat --prompt \"What is a mosaic?\"\n  \
+    moesaic generate ./model --prompt-ids 1,2,3 --json --logits logits.safetensors")]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Text to continue; several run together. Without one, standard input is read.
+    #[arg(short, long, value_name = "TEXT", help_heading = "Prompt")]
+    pub prompt: Vec<String>,
+    /// Token ids to continue, instead of text.
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["prompt", "chat"], help_heading = "Prompt")]
+    pub prompt_ids: Vec<u32>,
+    /// Use the model's chat template; without --prompt, talk turn by turn.
+    #[arg(long, help_heading = "Prompt")]
+    pub chat: bool,
+    /// System message of the chat.
+    #[arg(long, value_name = "TEXT", requires = "chat", help_heading = "Prompt")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Print one JSON object with token ids and log-probabilities instead of streaming text.
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+    /// Write the logits of every prompt position and every step (safetensors).
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub logits: Option<PathBuf>,
+    /// No memory table, progress or summary on standard error.
+    #[arg(short, long, help_heading = "Output")]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct SamplingArgs {
+    /// Tokens to generate at most.
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128, help_heading = "Sampling")]
+    pub max_tokens: usize,
+    /// 0 is greedy; by default as the model's generation_config.json says.
+    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub temperature: Option<f32>,
+    /// Draw from the K likeliest tokens; 0 is all.
+    #[arg(long, value_name = "K", help_heading = "Sampling")]
+    pub top_k: Option<usize>,
+    /// Draw from the likeliest tokens that together have this probability.
+    #[arg(long, value_name = "P", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub top_p: Option<f32>,
+    /// Draw from tokens with at least this share of the likeliest one's probability.
+    #[arg(long, value_name = "P", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub min_p: Option<f32>,
+    /// Above 1, tokens of prompt and answer become less likely.
+    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub repetition_penalty: Option<f32>,
+    /// Subtracted from the logits of tokens that the answer has.
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true, help_heading = "Sampling")]
+    pub presence_penalty: f32,
+    /// Subtracted from a token's logit each time that the answer has it.
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true, help_heading = "Sampling")]
+    pub frequency_penalty: f32,
+    /// Same seed and prompt, same answer, whatever runs beside it.
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Sampling")]
+    pub seed: u64,
+    /// End before this text; may be given several times.
+    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
+    pub stop: Vec<String>,
+    /// End at these token ids.
+    #[arg(long, value_name = "IDS", value_delimiter = ',', help_heading = "Sampling")]
+    pub stop_token_ids: Vec<u32>,
+    /// Go on beyond the model's end-of-text.
+    #[arg(long, help_heading = "Sampling")]
+    pub ignore_eos: bool,
+    /// Report the N likeliest tokens of each step (with --json).
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    pub logprobs: Option<usize>,
+}
+
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  moesaic inspect qwen3-30b-a3b\n  moesaic inspect ./model --json\n  moesaic inspect --list"
+)]
+pub(crate) struct InspectArgs {
+    /// Preset, model folder or config.json; without one, the small model inside the binary.
+    #[arg(value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Context length that attention FLOPs and the KV cache are shown for.
+    #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
+    pub context: usize,
+    /// One JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// List the presets.
+    #[arg(long)]
+    pub list: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic init deepseek-v3 --output ./tiny-v3 --layers 4 --hidden 256 --heads 4 --experts 8 --intermediate 128 --vocab 1024\n  \
+    moesaic init --config ./config.json --output ./random --seed 7")]
+pub(crate) struct InitArgs {
+    /// Preset, model folder or config.json.
+    #[arg(value_name = "MODEL", required_unless_present = "config")]
+    pub model: Option<PathBuf>,
+    /// A config.json, the same as MODEL.
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    pub config: Option<PathBuf>,
+    /// New folder to write.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Same seed, same weights.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Bytes a file.
+    #[arg(long, value_name = "BYTES", default_value = "5GB", value_parser = parse_bytes)]
+    pub shard_size: Bytes,
+    /// Decoder layers.
+    #[arg(long, value_name = "N", help_heading = "Scale")]
+    pub layers: Option<usize>,
+    /// Model width.
+    #[arg(long, value_name = "N", help_heading = "Scale")]
+    pub hidden: Option<usize>,
+    /// Attention heads.
+    #[arg(long, value_name = "N", help_heading = "Scale")]
+    pub heads: Option<usize>,
+    /// Experts a layer.
+    #[arg(long, value_name = "N", help_heading = "Scale")]
+    pub experts: Option<usize>,
+    /// Hidden width of an expert.
+    #[arg(long, value_name = "N", help_heading = "Scale")]
+    pub intermediate: Option<usize>,
+    /// Vocabulary.
+    #[arg(long, value_name = "N", help_heading = "Scale")]
+    pub vocab: Option<usize>,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub kind: BenchKind,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum BenchKind {
+    /// One batch at a time: time to first token, time per output token, share of the roofline.
+    Latency(BenchLatencyArgs),
+    /// Many requests at once through the scheduler: requests and tokens per second.
+    Throughput(BenchThroughputArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct BenchCommon {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Prompt tokens (random ids).
+    #[arg(long, value_name = "N", default_value_t = 512, help_heading = "Workload")]
+    pub input_len: usize,
+    /// Generated tokens.
+    #[arg(long, value_name = "N", default_value_t = 128, help_heading = "Workload")]
+    pub output_len: usize,
+    /// Seed of the prompts.
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Workload")]
+    pub seed: u64,
+    /// Write the result as JSON to FILE ("-" is standard output).
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub json: Option<PathBuf>,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Args)]
+#[command(
+    after_help = "Example:\n  moesaic bench latency ./model --batch-size 1,4,16 --input-len 512 --output-len 64 --json result.json"
+)]
+pub(crate) struct BenchLatencyArgs {
+    #[command(flatten)]
+    pub common: BenchCommon,
+    /// Sequences at a time; several sizes are measured one after the other.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1", help_heading = "Workload")]
+    pub batch_size: Vec<usize>,
+    /// Measured rounds; one more is run first to warm up.
+    #[arg(long, value_name = "N", default_value_t = 3, help_heading = "Workload")]
+    pub num_iters: usize,
+}
+
+#[derive(Args)]
+#[command(after_help = "Example:\n  moesaic bench throughput ./model --num-prompts 64 --input-len 256 --output-len 64")]
+pub(crate) struct BenchThroughputArgs {
+    #[command(flatten)]
+    pub common: BenchCommon,
+    /// Requests, all given at the start.
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Workload")]
+    pub num_prompts: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
+    /// One JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `4GiB`, `500MB`, `1024`: a number with a decimal or binary unit.
+fn parse_bytes(text: &str) -> Result<Bytes, String> {
+    let text = text.trim();
+    let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1048576.0,
+        "gib" => 1073741824.0,
+        "tib" => 1099511627776.0,
+        _ => return Err(format!("'{unit}' is not a unit; B, KB, MB, GB, TB, KiB, MiB, GiB and TiB are")),
+    };
+    let number: f64 = number.parse().map_err(|_| format!("'{text}' is not a size; 4GiB or 500MB would be"))?;
+    Ok(Bytes((number * factor) as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(parse_bytes("4GiB"), Ok(Bytes(4 << 30)));
+        assert_eq!(parse_bytes("1.5 kb"), Ok(Bytes(1500)));
+        assert_eq!(parse_bytes("17"), Ok(Bytes(17)));
+        assert!(parse_bytes("4 parsecs").is_err());
+        assert!(parse_bytes("-1").is_err());
+    }
+}

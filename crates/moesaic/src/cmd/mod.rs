@@ -1,0 +1,17 @@
+//! One file a command.
+
+pub(crate) mod bench;
+pub(crate) mod doctor;
+pub(crate) mod generate;
+pub(crate) mod init;
+pub(crate) mod inspect;
+
+use clap::CommandFactory;
+use clap_complete::{Shell, generate as write_completions};
+
+use crate::args::Cli;
+
+/// Prints the completion script of a shell.
+pub(crate) fn completions(shell: Shell) {
+    write_completions(shell, &mut Cli::command(), "moesaic", &mut std::io::stdout());
+}
