@@ -59,11 +59,11 @@ impl<'a> SourceMatrix<'a> {
     /// All elements in order, widened, scales applied. `out` has `rows * cols` elements.
     pub fn to_f32(&self, out: &mut [f32]) {
         assert_eq!(out.len(), self.rows * self.cols, "elements");
-        let mut values = [0.0; TILE_K];
+        let mut tile = [0.0; TILE_K];
         for (row, out) in out.chunks_mut(self.cols.max(1)).enumerate() {
             for (i, out) in out.chunks_mut(TILE_K).enumerate() {
-                self.read_f32((row, i * TILE_K, out.len()), &mut values);
-                out.copy_from_slice(&values[..out.len()]);
+                self.read_f32((row, i * TILE_K, out.len()), &mut tile);
+                out.copy_from_slice(&tile[..out.len()]);
             }
         }
     }
