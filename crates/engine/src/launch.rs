@@ -33,6 +33,10 @@ pub fn launch(
         Some(num_threads) => num_threads,
         None => machine::num_usable_cores(),
     };
+    let isa = match config.isa {
+        Some(isa) => usable(isa)?,
+        None => Isa::from_env()?,
+    };
     let max_model_len = max_model_len(spec, config)?;
     if let Launch::Checkpoint(checkpoint) = weights {
         checkpoint.check(spec)?;
@@ -79,8 +83,17 @@ pub fn launch(
         enable_prefix_caching: config.enable_prefix_caching && !config.keep_logits,
         enable_chunked_prefill: config.enable_chunked_prefill,
     })?;
-    let ctx = Ctx::cpu_with(activation_arena, pool, Isa::from_env()?);
+    let ctx = Ctx::cpu_with(activation_arena, pool, isa);
     Ok(Engine::new(scheduler, Rank::new(ctx, transformer, kv, config.keep_logits), ledger))
+}
+
+fn usable(isa: Isa) -> Result<Isa, EngineError> {
+    let best = Isa::detect();
+    let right = || format!("this machine runs {best} and what is below it");
+    if isa > best {
+        return Err(EngineError::Invalid { field: "isa", value: isa.to_string(), right: right() });
+    }
+    Ok(isa)
 }
 
 fn max_model_len(spec: &ModelSpec, config: &EngineConfig) -> Result<usize, EngineError> {
