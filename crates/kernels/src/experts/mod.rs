@@ -154,6 +154,31 @@ struct Hidden<'a> {
 impl Hidden<'_> {
     /// Activates a block of the expert whose rows begin at `first_row`.
     fn put(&self, done: &Done, first_row: usize) {
+        #[cfg(target_arch = "x86_64")]
+        match done.isa {
+            // SAFETY: the machine has AVX-512.
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => return unsafe { self.put_avx512(done, first_row) },
+            // SAFETY: the machine has AVX2 and FMA.
+            Isa::Avx2 => return unsafe { self.put_avx2(done, first_row) },
+            Isa::Portable => {}
+        }
+        self.put_any(done, first_row);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+    fn put_avx512(&self, done: &Done, first_row: usize) {
+        self.put_any(done, first_row);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn put_avx2(&self, done: &Done, first_row: usize) {
+        self.put_any(done, first_row);
+    }
+
+    #[inline(always)]
+    fn put_any(&self, done: &Done, first_row: usize) {
         let (step, per_value) = match self.activation {
             Activation::SwiGlu => (2 * TILE_N, 2),
             Activation::Gelu => (TILE_N, 1),
@@ -171,61 +196,39 @@ impl Hidden<'_> {
             }
             for (i, c) in c.chunks_exact(step).enumerate() {
                 let at = i * TILE_N..len.min((i + 1) * TILE_N);
-                let c: &[f32] = c;
+                let values = values(self.activation, c);
                 match &mut out {
-                    OutRow::F32(out) => activate_f32(done.isa, self.activation, c, &mut out[at]),
-                    OutRow::BF16(out) => activate_bf16(done.isa, self.activation, c, &mut out[at]),
+                    OutRow::F32(out) => out[at.clone()].copy_from_slice(&values[..at.len()]),
+                    OutRow::BF16(out) => {
+                        let mut rounded = [bf16::ZERO; TILE_N];
+                        for i in 0..TILE_N {
+                            rounded[i] = bf16::from_bits(round_bf16(values[i]));
+                        }
+                        out[at.clone()].copy_from_slice(&rounded[..at.len()]);
+                    }
                 }
             }
         }
     }
 }
 
-/// Up to 16 values from one panel, or from a panel of gates and one of ups.
+/// Sixteen values from one panel, or from a panel of gates and one of ups.
 #[inline(always)]
 fn values(activation: Activation, c: &[f32]) -> [f32; TILE_N] {
+    let (panels, _) = c.as_chunks::<TILE_N>();
     let mut values = [0.0; TILE_N];
     match activation {
         Activation::SwiGlu => {
-            let (gate, up) = c.split_at(TILE_N);
-            for ((value, gate), up) in values.iter_mut().zip(gate).zip(up) {
-                *value = silu(*gate) * up;
+            let (gate, up) = (&panels[0], &panels[1]);
+            for i in 0..TILE_N {
+                values[i] = silu(gate[i]) * up[i];
             }
         }
-        Activation::Gelu => values.iter_mut().zip(c).for_each(|(value, c)| *value = gelu_tanh(*c)),
+        Activation::Gelu => {
+            for i in 0..TILE_N {
+                values[i] = gelu_tanh(panels[0][i]);
+            }
+        }
     }
     values
 }
-
-macro_rules! activate {
-    ($name:ident, $avx512:ident, $avx2:ident, $element:ty, $round:expr) => {
-        #[inline(always)]
-        fn $name(isa: Isa, activation: Activation, c: &[f32], out: &mut [$element]) {
-            #[cfg(target_arch = "x86_64")]
-            if isa >= Isa::Avx512 {
-                // SAFETY: the machine has AVX-512.
-                return unsafe { $avx512(activation, c, out) };
-            } else if isa >= Isa::Avx2 {
-                // SAFETY: the machine has AVX2 and FMA.
-                return unsafe { $avx2(activation, c, out) };
-            }
-            let _ = isa;
-            out.iter_mut().zip(values(activation, c)).for_each(|(out, value)| *out = $round(value));
-        }
-
-        #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-        fn $avx512(activation: Activation, c: &[f32], out: &mut [$element]) {
-            out.iter_mut().zip(values(activation, c)).for_each(|(out, value)| *out = $round(value));
-        }
-
-        #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx2,fma")]
-        fn $avx2(activation: Activation, c: &[f32], out: &mut [$element]) {
-            out.iter_mut().zip(values(activation, c)).for_each(|(out, value)| *out = $round(value));
-        }
-    };
-}
-
-activate!(activate_f32, activate_f32_avx512, activate_f32_avx2, f32, std::convert::identity);
-activate!(activate_bf16, activate_bf16_avx512, activate_bf16_avx2, bf16, |value| bf16::from_bits(round_bf16(value)));

@@ -55,8 +55,6 @@ pub(crate) struct Block {
     /// First result.
     pub(crate) c: *mut f32,
     pub(crate) c_stride: usize,
-    /// Begin with what `c` holds, instead of zero.
-    pub(crate) accumulate: bool,
 }
 
 /// Sixteen lines from a register on.
@@ -72,59 +70,63 @@ macro_rules! prefetch_tile {
     };
 }
 
-/// How far ahead of the loads the prefetches of streamed weights are, in bytes.
-const PREFETCH_BYTES: usize = 4096;
+/// How far ahead of the loads the prefetches of streamed weights are, in bytes. From 1 to 3 KiB there is little difference;
+/// 8 KiB lose an eighth of the bandwidth.
+const PREFETCH_BYTES: usize = 2048;
 
-/// Up to 16 rows (`configure`'s first) × one panel, W coming from memory: a linear stream with prefetches ahead.
-///
-/// # Safety
-/// Tiles are configured; `block` describes memory that exists: `x` the configured rows of `num_tiles * 64` bytes, `w`
-/// `num_tiles` KiB, `c` the configured rows of 64 bytes.
-pub(crate) unsafe fn rows16_panel1(block: Block) {
-    let Block { x, x_stride, w, num_tiles, c, c_stride, accumulate, .. } = block;
-    // SAFETY: promised by the caller; prefetches may go beyond the end, they do not fault.
-    unsafe {
-        asm!(
-            "test {acc}, {acc}",
-            "jz 3f",
-            "tileloadd tmm0, [{c} + {cs}*1]",
-            "jmp 2f",
-            "3:",
-            "tilezero tmm0",
-            "2:",
-            "tileloadd tmm4, [{x} + {xs}*1]",
-            "tileloadd tmm6, [{w} + {ws}*1]",
-            prefetch_tile!("prefetcht0", "p"),
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "add {x}, 64",
-            "add {w}, 1024",
-            "add {p}, 1024",
-            "dec {n}",
-            "jnz 2b",
-            "tilestored [{c} + {cs}*1], tmm0",
-            acc = in(reg) usize::from(accumulate), x = inout(reg) x => _, xs = in(reg) x_stride,
-            w = inout(reg) w => _, ws = in(reg) 64usize, p = inout(reg) w.wrapping_add(PREFETCH_BYTES) => _,
-            n = inout(reg) num_tiles => _, c = in(reg) c, cs = in(reg) c_stride,
-            out("tmm0") _, out("tmm4") _, out("tmm6") _, options(nostack)
-        );
-    }
+macro_rules! rows16_panel1 {
+    ($(#[$attr:meta])* $name:ident, $($prefetch:expr)?) => {
+        $(#[$attr])*
+        ///
+        /// # Safety
+        /// Tiles are configured; `block` describes memory that exists: `x` the configured rows of `num_tiles * 64` bytes,
+        /// `w` `num_tiles` KiB, `c` the configured rows of 64 bytes.
+        pub(crate) unsafe fn $name(block: Block) {
+            let Block { x, x_stride, w, num_tiles, c, c_stride, .. } = block;
+            // SAFETY: promised by the caller; prefetches may go beyond the end, they do not fault.
+            unsafe {
+                asm!(
+                    "tilezero tmm0",
+                    "2:",
+                    "tileloadd tmm4, [{x} + {xs}*1]",
+                    "tileloadd tmm6, [{w} + {ws}*1]",
+                    $($prefetch,)?
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "add {x}, 64",
+                    "add {w}, 1024",
+                    "add {p}, 1024",
+                    "dec {n}",
+                    "jnz 2b",
+                    "tilestored [{c} + {cs}*1], tmm0",
+                    x = inout(reg) x => _, xs = in(reg) x_stride,
+                    w = inout(reg) w => _, ws = in(reg) 64usize, p = inout(reg) w.wrapping_add(PREFETCH_BYTES) => _,
+                    n = inout(reg) num_tiles => _, c = in(reg) c, cs = in(reg) c_stride,
+                    out("tmm0") _, out("tmm4") _, out("tmm6") _, options(nostack)
+                );
+            }
+        }
+    };
 }
 
-/// Up to 16 rows × two panels.
+rows16_panel1!(
+    /// Up to 16 rows (`configure`'s first) × one panel, W coming from memory: a linear stream with prefetches ahead.
+    rows16_panel1_stream,
+    prefetch_tile!("prefetcht0", "p")
+);
+rows16_panel1!(
+    /// Up to 16 rows (`configure`'s first) × one panel, W in the caches.
+    rows16_panel1,
+);
+
+/// Up to 16 rows × two panels, W in the caches.
 ///
 /// # Safety
 /// As [`rows16_panel1`], with two panels and 128 bytes of `c` in each row.
 pub(crate) unsafe fn rows16_panel2(block: Block) {
-    let Block { x, x_stride, w, panel_bytes, num_tiles, c, c_stride, accumulate } = block;
+    let Block { x, x_stride, w, panel_bytes, num_tiles, c, c_stride } = block;
     // SAFETY: promised by the caller.
     unsafe {
         asm!(
-            "test {acc}, {acc}",
-            "jz 3f",
-            "tileloadd tmm0, [{c} + {cs}*1]",
-            "tileloadd tmm1, [{c} + {cs}*1 + 64]",
-            "jmp 2f",
-            "3:",
             "tilezero tmm0",
             "tilezero tmm1",
             "2:",
@@ -140,7 +142,7 @@ pub(crate) unsafe fn rows16_panel2(block: Block) {
             "jnz 2b",
             "tilestored [{c} + {cs}*1], tmm0",
             "tilestored [{c} + {cs}*1 + 64], tmm1",
-            acc = in(reg) usize::from(accumulate), x = inout(reg) x => _, xs = in(reg) x_stride,
+            x = inout(reg) x => _, xs = in(reg) x_stride,
             w = inout(reg) w => _, v = inout(reg) w.add(panel_bytes) => _, ws = in(reg) 64usize,
             n = inout(reg) num_tiles => _, c = in(reg) c, cs = in(reg) c_stride,
             out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _, options(nostack)
@@ -153,16 +155,10 @@ pub(crate) unsafe fn rows16_panel2(block: Block) {
 /// # Safety
 /// As [`rows16_panel1`], with 16 plus the configured rows.
 pub(crate) unsafe fn rows32_panel1(block: Block) {
-    let Block { x, x_stride, w, num_tiles, c, c_stride, accumulate, .. } = block;
+    let Block { x, x_stride, w, num_tiles, c, c_stride, .. } = block;
     // SAFETY: promised by the caller.
     unsafe {
         asm!(
-            "test {acc}, {acc}",
-            "jz 3f",
-            "tileloadd tmm0, [{c} + {cs}*1]",
-            "tileloadd tmm2, [{d} + {cs}*1]",
-            "jmp 2f",
-            "3:",
             "tilezero tmm0",
             "tilezero tmm2",
             "2:",
@@ -178,7 +174,6 @@ pub(crate) unsafe fn rows32_panel1(block: Block) {
             "jnz 2b",
             "tilestored [{c} + {cs}*1], tmm0",
             "tilestored [{d} + {cs}*1], tmm2",
-            acc = in(reg) usize::from(accumulate),
             x = inout(reg) x => _, y = inout(reg) x.add(16 * x_stride) => _, xs = in(reg) x_stride,
             w = inout(reg) w => _, ws = in(reg) 64usize, n = inout(reg) num_tiles => _,
             c = in(reg) c, d = in(reg) c.cast::<u8>().add(16 * c_stride), cs = in(reg) c_stride,
@@ -192,18 +187,10 @@ pub(crate) unsafe fn rows32_panel1(block: Block) {
 /// # Safety
 /// As [`rows16_panel2`], with 16 plus the configured rows.
 pub(crate) unsafe fn rows32_panel2(block: Block) {
-    let Block { x, x_stride, w, panel_bytes, num_tiles, c, c_stride, accumulate } = block;
+    let Block { x, x_stride, w, panel_bytes, num_tiles, c, c_stride } = block;
     // SAFETY: promised by the caller.
     unsafe {
         asm!(
-            "test {acc}, {acc}",
-            "jz 3f",
-            "tileloadd tmm0, [{c} + {cs}*1]",
-            "tileloadd tmm1, [{c} + {cs}*1 + 64]",
-            "tileloadd tmm2, [{d} + {cs}*1]",
-            "tileloadd tmm3, [{d} + {cs}*1 + 64]",
-            "jmp 2f",
-            "3:",
             "tilezero tmm0",
             "tilezero tmm1",
             "tilezero tmm2",
@@ -228,7 +215,6 @@ pub(crate) unsafe fn rows32_panel2(block: Block) {
             "tilestored [{c} + {cs}*1 + 64], tmm1",
             "tilestored [{d} + {cs}*1], tmm2",
             "tilestored [{d} + {cs}*1 + 64], tmm3",
-            acc = in(reg) usize::from(accumulate),
             x = inout(reg) x => _, y = inout(reg) x.add(16 * x_stride) => _, xs = in(reg) x_stride,
             w = inout(reg) w => _, v = inout(reg) w.add(panel_bytes) => _, ws = in(reg) 64usize,
             n = inout(reg) num_tiles => _,

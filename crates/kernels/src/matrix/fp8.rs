@@ -11,40 +11,62 @@ pub(crate) const fn offset_in_tile(lane: usize, k: usize) -> usize {
 }
 
 /// BF16 bits of the magnitudes 0..=0x7f.
+#[cfg(target_arch = "x86_64")]
 pub(crate) const MAGNITUDES: [u16; 128] = {
     let mut table = [0u16; 128];
     let mut code = 0;
     while code < 128 {
-        table[code] = magnitude(code as u16);
+        table[code] = to_bf16(code as u8);
         code += 1;
     }
     table
 };
 
-const fn magnitude(code: u16) -> u16 {
-    let (exponent, mantissa) = (code >> 3, code & 7);
-    if code == 0x7f {
-        0x7fc0
-    } else if exponent > 0 {
-        // 2^(exponent - 7): BF16's bias is 127.
-        ((exponent + 120) << 7) | (mantissa << 4)
-    } else if mantissa == 0 {
-        0
-    } else {
-        // mantissa × 2^-9: its leading one becomes the implicit bit.
-        let top = 15 - mantissa.leading_zeros() as u16;
-        ((127 - 9 + top) << 7) | ((mantissa << (7 - top)) & 0x7f)
+/// High and low bytes of [`MAGNITUDES`], for byte permutations.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const MAGNITUDE_BYTES: [[u8; 128]; 2] = {
+    let mut bytes = [[0; 128]; 2];
+    let mut code = 0;
+    while code < 128 {
+        bytes[0][code] = (MAGNITUDES[code] >> 8) as u8;
+        bytes[1][code] = MAGNITUDES[code] as u8;
+        code += 1;
+    }
+    bytes
+};
+
+/// Decodes a tile of 512 codes to one of BF16.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn decode_tile(codes: &[u8], out: &mut [u16]) {
+    for (codes, out) in codes.chunks_exact(64).zip(out.chunks_exact_mut(64)) {
+        let mut linear = [0u16; 64];
+        for (out, &code) in linear.iter_mut().zip(codes) {
+            *out = to_bf16(code);
+        }
+        for group in 0..4 {
+            out[group * 8..group * 8 + 8].copy_from_slice(&linear[group * 16..group * 16 + 8]);
+            out[32 + group * 8..32 + group * 8 + 8].copy_from_slice(&linear[group * 16 + 8..group * 16 + 16]);
+        }
     }
 }
 
-/// The BF16 bits of an E4M3 code.
-pub fn to_bf16(code: u8) -> u16 {
-    MAGNITUDES[usize::from(code & 0x7f)] | (u16::from(code & 0x80) << 8)
+/// The BF16 bits of an E4M3 code. Without branches or tables, so that loops over codes become vector instructions.
+#[inline(always)]
+pub const fn to_bf16(code: u8) -> u16 {
+    let magnitude = (code & 0x7f) as i32;
+    // 2^(exponent - 7) × 1.mantissa: F32's bias is 127.
+    let normal = ((magnitude << 20) + (120 << 23)) as u32;
+    let subnormal = (magnitude as f32 * (1.0 / 512.0)).to_bits();
+    let bits = if magnitude < 8 { subnormal } else { normal };
+    let bits = if magnitude == 0x7f { 0x7fc0_0000 } else { bits };
+    (bits >> 16) as u16 | ((code & 0x80) as u16) << 8
 }
 
 /// The value of an E4M3 code.
-pub fn to_f32(code: u8) -> f32 {
-    f32::from_bits(u32::from(to_bf16(code)) << 16)
+#[inline(always)]
+pub const fn to_f32(code: u8) -> f32 {
+    f32::from_bits((to_bf16(code) as u32) << 16)
 }
 
 #[cfg(test)]

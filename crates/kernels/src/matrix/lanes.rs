@@ -1,5 +1,5 @@
-//! The product in plain Rust over [`TILE_N`] lanes: the portable path, and with AVX2 switched on the path of machines
-//! without AVX-512 (the compiler turns `mul_add` over lanes into vector instructions).
+//! The product in plain Rust over [`TILE_N`] lanes: the portable path. Where the target has fused multiply-adds by default
+//! (64-bit ARM), the compiler makes vectors of it.
 
 use moesaic_spec::DType;
 
@@ -41,8 +41,7 @@ fn line_f8(tile: &[u8], pair: usize) -> [u32; TILE_N] {
 
 /// `M` rows of `wide` (`[k][M]`, `k` padded to whole tiles with zeros) times panel `panel` of `w`, into `c` with row
 /// stride `ldc`. BF16 and F8 E4M3.
-#[inline(always)]
-pub(crate) fn panel_tiles<const M: usize>(w: &PackedMatrix, panel: usize, wide: &[f32], c: &mut [f32], ldc: usize) {
+fn panel_tiles<const M: usize>(w: &PackedMatrix, panel: usize, wide: &[f32], c: &mut [f32], ldc: usize) {
     let f8 = w.dtype() == DType::F8E4M3;
     let tile_bytes = if f8 { 512 } else { 1024 };
     let tiles_a_block = if f8 { SCALE_K / TILE_K } else { usize::MAX };
@@ -82,15 +81,7 @@ pub(crate) fn panel_tiles<const M: usize>(w: &PackedMatrix, panel: usize, wide: 
 }
 
 /// `M` rows of `x` (row stride `ldx`) times panel `panel` of an F32 matrix.
-#[inline(always)]
-pub(crate) fn panel_f32<const M: usize>(
-    w: &PackedMatrix,
-    panel: usize,
-    x: &[f32],
-    ldx: usize,
-    c: &mut [f32],
-    ldc: usize,
-) {
+fn panel_f32<const M: usize>(w: &PackedMatrix, panel: usize, x: &[f32], ldx: usize, c: &mut [f32], ldc: usize) {
     let mut acc = [[0f32; TILE_N]; M];
     for (k, line) in w.panel(panel, 1).chunks_exact(TILE_N * 4).enumerate() {
         let line: &[u8; 64] = line.try_into().expect("a line");
@@ -106,38 +97,20 @@ pub(crate) fn panel_f32<const M: usize>(
     }
 }
 
-macro_rules! paths {
-    ($tiles:ident, $f32:ident, $(#[$attr:meta])*) => {
-        /// [`panel_tiles`] for `rows` rows.
-        $(#[$attr])*
-        pub(crate) fn $tiles(w: &PackedMatrix, panel: usize, rows: usize, wide: &[f32], c: &mut [f32], ldc: usize) {
-            match rows {
-                1 => panel_tiles::<1>(w, panel, wide, c, ldc),
-                2 => panel_tiles::<2>(w, panel, wide, c, ldc),
-                _ => unreachable!("at most {MAX_ROWS} rows"),
-            }
-        }
-
-        /// [`panel_f32`] for `rows` rows.
-        $(#[$attr])*
-        pub(crate) fn $f32(
-            w: &PackedMatrix,
-            panel: usize,
-            rows: usize,
-            x: &[f32],
-            ldx: usize,
-            c: &mut [f32],
-            ldc: usize,
-        ) {
-            match rows {
-                1 => panel_f32::<1>(w, panel, x, ldx, c, ldc),
-                2 => panel_f32::<2>(w, panel, x, ldx, c, ldc),
-                _ => unreachable!("at most {MAX_ROWS} rows"),
-            }
-        }
-    };
+/// [`panel_tiles`] for `rows` rows.
+pub(crate) fn tiles(w: &PackedMatrix, panel: usize, rows: usize, wide: &[f32], c: &mut [f32], ldc: usize) {
+    match rows {
+        1 => panel_tiles::<1>(w, panel, wide, c, ldc),
+        2 => panel_tiles::<2>(w, panel, wide, c, ldc),
+        _ => unreachable!("at most {MAX_ROWS} rows"),
+    }
 }
 
-paths!(tiles_portable, f32_portable,);
-#[cfg(target_arch = "x86_64")]
-paths!(tiles_avx2, f32_avx2, #[target_feature(enable = "avx2,fma")]);
+/// [`panel_f32`] for `rows` rows.
+pub(crate) fn f32(w: &PackedMatrix, panel: usize, rows: usize, x: &[f32], ldx: usize, c: &mut [f32], ldc: usize) {
+    match rows {
+        1 => panel_f32::<1>(w, panel, x, ldx, c, ldc),
+        2 => panel_f32::<2>(w, panel, x, ldx, c, ldc),
+        _ => unreachable!("at most {MAX_ROWS} rows"),
+    }
+}

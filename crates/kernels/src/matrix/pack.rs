@@ -112,6 +112,9 @@ struct PanelJob<'a> {
 /// Rows of a tile before it is transposed: 16 `n` × 16 pairs of `k`.
 type Rows = [[u16; TILE_K]; TILE_N];
 
+/// Tiles of BF16 that are filled together.
+const CHUNK_TILES: usize = 4;
+
 #[inline(always)]
 fn panel_any(
     dtype: DType,
@@ -122,7 +125,7 @@ fn panel_any(
 ) {
     match dtype {
         DType::BF16 => panel_bf16(job, tiles, transpose),
-        DType::F32 => panel_f32(job, tiles),
+        DType::F32 => panel_f32(job, tiles, transpose),
         _ => panel_f8(job, tiles, scales),
     }
 }
@@ -130,24 +133,23 @@ fn panel_any(
 #[inline(always)]
 fn panel_bf16(job: &PanelJob, tiles: &mut [u8], transpose: impl Fn(&Rows, &mut [u8; 1024])) {
     let cols = job.src.cols;
-    let mut rows: Rows = [[0; TILE_K]; TILE_N];
-    for (tile_idx, tile) in tiles.chunks_exact_mut(1024).enumerate() {
-        let tile: &mut [u8; 1024] = tile.try_into().expect("a tile");
-        let k = tile_idx * TILE_K;
-        let len = TILE_K.min(cols - k);
+    // Several tiles at once: rows are far apart in the source, and each visit should take more than a cache line.
+    let mut chunk: [Rows; CHUNK_TILES] = [[[0; TILE_K]; TILE_N]; CHUNK_TILES];
+    for (chunk_idx, tiles) in tiles.chunks_mut(CHUNK_TILES * 1024).enumerate() {
+        let k = chunk_idx * CHUNK_TILES * TILE_K;
         for (row, lane) in (job.src_row..).zip(job.lanes.clone()) {
-            job.src.read_bf16(row, k, &mut rows[lane][..len]);
-            rows[lane][len..].fill(0);
-        }
-        if job.lanes.len() == TILE_N {
-            transpose(&rows, tile);
-        } else {
-            for lane in job.lanes.clone() {
-                for (pair, values) in rows[lane].chunks_exact(2).enumerate() {
-                    let at = pair * 64 + lane * 4;
-                    tile[at..at + 2].copy_from_slice(&values[0].to_le_bytes());
-                    tile[at + 2..at + 4].copy_from_slice(&values[1].to_le_bytes());
+            for (tile_idx, rows) in chunk.iter_mut().enumerate() {
+                let k = k + tile_idx * TILE_K;
+                if k < cols {
+                    job.src.read_bf16((row, k, TILE_K.min(cols - k)), &mut rows[lane]);
                 }
+            }
+        }
+        for (rows, tile) in chunk.iter().zip(tiles.chunks_exact_mut(1024)) {
+            if job.lanes.len() == TILE_N {
+                transpose(rows, tile.try_into().expect("a tile"));
+            } else {
+                scatter(rows, &job.lanes, tile);
             }
         }
     }
@@ -165,16 +167,26 @@ fn transpose_any(rows: &Rows, tile: &mut [u8; 1024]) {
 }
 
 #[inline(always)]
-fn panel_f32(job: &PanelJob, panel: &mut [u8]) {
-    let mut rows = [[0f32; TILE_K]; TILE_N];
-    for (block_idx, block) in panel.chunks_mut(TILE_K * TILE_N * 4).enumerate() {
+fn panel_f32(job: &PanelJob, panel: &mut [u8], transpose: impl Fn(&Rows, &mut [u8; 1024])) {
+    // Sixteen columns have the shape of a BF16 tile: 16 rows of 64 bytes, transposed by 4 bytes.
+    let mut halves: [Rows; 2] = [[[0; TILE_K]; TILE_N]; 2];
+    let mut values = [0f32; TILE_K];
+    for (block_idx, block) in panel.chunks_mut(2048).enumerate() {
         let len = block.len() / (TILE_N * 4);
         for (row, lane) in (job.src_row..).zip(job.lanes.clone()) {
-            job.src.read_f32(row, block_idx * TILE_K, &mut rows[lane][..len]);
+            job.src.read_f32((row, block_idx * TILE_K, len), &mut values);
+            for (rows, values) in halves.iter_mut().zip(values.chunks_exact(TILE_K / 2)) {
+                for (words, value) in rows[lane].chunks_exact_mut(2).zip(values) {
+                    let bits = value.to_bits();
+                    words[0] = bits as u16;
+                    words[1] = (bits >> 16) as u16;
+                }
+            }
         }
-        for (k, line) in block.chunks_exact_mut(TILE_N * 4).enumerate() {
-            for lane in job.lanes.clone() {
-                line[lane * 4..lane * 4 + 4].copy_from_slice(&rows[lane][k].to_le_bytes());
+        for (rows, half) in halves.iter().zip(block.chunks_mut(1024)) {
+            match <&mut [u8; 1024]>::try_from(&mut *half) {
+                Ok(half) if job.lanes.len() == TILE_N => transpose(rows, half),
+                _ => scatter(rows, &job.lanes, half),
             }
         }
     }
@@ -183,15 +195,19 @@ fn panel_f32(job: &PanelJob, panel: &mut [u8]) {
 #[inline(always)]
 fn panel_f8(job: &PanelJob, tiles: &mut [u8], scales: &mut [u8]) {
     let cols = job.src.cols;
-    let mut codes = [0u8; TILE_K];
+    let mut rows = [[0u8; TILE_K]; TILE_N];
     for (tile_idx, tile) in tiles.chunks_exact_mut(512).enumerate() {
         let k = tile_idx * TILE_K;
-        let len = TILE_K.min(cols - k);
         for (row, lane) in (job.src_row..).zip(job.lanes.clone()) {
-            job.src.read_codes(row, k, &mut codes[..len]);
-            codes[len..].fill(0);
-            for (k, &code) in codes.iter().enumerate() {
-                tile[fp8::offset_in_tile(lane, k)] = code;
+            job.src.read_codes((row, k, TILE_K.min(cols - k)), &mut rows[lane]);
+        }
+        if job.lanes.len() == TILE_N {
+            transpose_f8(&rows, tile);
+        } else {
+            for lane in job.lanes.clone() {
+                for (k, &code) in rows[lane].iter().enumerate() {
+                    tile[fp8::offset_in_tile(lane, k)] = code;
+                }
             }
         }
     }
@@ -203,17 +219,49 @@ fn panel_f8(job: &PanelJob, tiles: &mut [u8], scales: &mut [u8]) {
     }
 }
 
+/// Sixteen bytes of a tile are four lanes' four codes: the first pairs, then the second.
+#[inline(always)]
+fn transpose_f8(rows: &[[u8; TILE_K]; TILE_N], tile: &mut [u8]) {
+    for (quad, line) in tile.chunks_exact_mut(64).enumerate() {
+        for (group, out) in line.chunks_exact_mut(16).enumerate() {
+            let (mut first, mut second) = (0u64, 0u64);
+            for lane in 0..4 {
+                let codes = &rows[group * 4 + lane][quad * 4..quad * 4 + 4];
+                first |= u64::from(u16::from_le_bytes([codes[0], codes[1]])) << (16 * lane);
+                second |= u64::from(u16::from_le_bytes([codes[2], codes[3]])) << (16 * lane);
+            }
+            out[..8].copy_from_slice(&first.to_le_bytes());
+            out[8..].copy_from_slice(&second.to_le_bytes());
+        }
+    }
+}
+
+/// Writes only some lanes of a tile.
+#[inline(always)]
+fn scatter(rows: &Rows, lanes: &Range<usize>, tile: &mut [u8]) {
+    for lane in lanes.clone() {
+        for (line, words) in tile.chunks_exact_mut(64).zip(rows[lane].chunks_exact(2)) {
+            line[lane * 4..lane * 4 + 2].copy_from_slice(&words[0].to_le_bytes());
+            line[lane * 4 + 2..lane * 4 + 4].copy_from_slice(&words[1].to_le_bytes());
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
 fn panel_avx512(dtype: DType, job: &PanelJob, tiles: &mut [u8], scales: &mut [u8]) {
     panel_any(dtype, job, tiles, scales, |rows, tile| transpose_avx512(rows, tile));
+    // Streamed stores are ordered before what this thread does next: telling the others that the task is done.
+    std::arch::x86_64::_mm_sfence();
 }
 
 /// Transposes 16 × 16 pairs: unpack by 4, by 8, then exchange quarters twice.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
 fn transpose_avx512(rows: &Rows, tile: &mut [u8; 1024]) {
     use std::arch::x86_64::*;
+    assert!(tile.as_ptr().cast::<__m512i>().is_aligned());
     // SAFETY: each row is 64 bytes.
     let r: [__m512i; 16] = std::array::from_fn(|i| unsafe { _mm512_loadu_si512(rows[i].as_ptr().cast()) });
     let mut t = r;
@@ -239,8 +287,9 @@ fn transpose_avx512(rows: &Rows, tile: &mut [u8; 1024]) {
             (12 + c, _mm512_shuffle_i32x4::<0xdd>(d, e)),
         ];
         for (column, values) in columns {
-            // SAFETY: column < 16, so 64 bytes from column * 64 lie in the tile.
-            unsafe { _mm512_storeu_si512(tile.as_mut_ptr().add(column * 64).cast(), values) };
+            // SAFETY: column < 16, so 64 bytes from column * 64 lie in the tile, which begins at a multiple of 64 bytes
+            // (regions do, panels and tiles are multiples). Weights are not read soon: they need not pass the caches.
+            unsafe { _mm512_stream_si512(tile.as_mut_ptr().add(column * 64).cast(), values) };
         }
     }
 }

@@ -11,12 +11,12 @@ use super::scratch::{self, Scratch};
 use super::source::{flush_bf16, round_bf16};
 use super::{PackedMatrix, SCALE_K, TILE_K, TILE_N, lanes};
 #[cfg(target_arch = "x86_64")]
-use super::{amx, avx512};
+use super::{amx, avx2, avx512};
 use crate::KernelError;
 use crate::cols::Cols;
 
 /// Rows up to which AVX-512's multiply-adds stream weights faster than AMX.
-const FMA_ROWS: usize = 4;
+const FMA_ROWS: usize = 2;
 /// Rows up to which a product is bound by reading its weights.
 const STREAM_ROWS: usize = 16;
 /// Bytes of x that a task of a large product works on: they stay in the second-level cache.
@@ -128,18 +128,43 @@ pub(crate) fn run(ctx: &Ctx, jobs: &[Job], sink: &(dyn Fn(Done) + Sync)) {
     ctx.pool().run(parts.len(), &|task| {
         let part = &parts[task.idx];
         let Job { x, w } = &jobs[part.job];
-        let group = if part.rows.len() <= STREAM_ROWS { 8 } else { 2 };
+        let step = rows_at_once(isa, w.dtype(), part.rows.len());
+        let group = if step <= STREAM_ROWS { 8 } else { 2 };
         scratch::with(|scratch| {
-            for first in part.panels.clone().step_by(group) {
-                let panels = first..part.panels.end.min(first + group);
-                let ldc = panels.len() * TILE_N;
-                let key = (region, part.job, part.rows.start);
-                multiply(isa, x, w, part.rows.clone(), panels.clone(), key, scratch);
-                let c = &*scratch.c.f32(part.rows.len() * ldc);
-                sink(Done { isa, job: part.job, rows: part.rows.clone(), panels, c, ldc });
+            for first in part.rows.clone().step_by(step) {
+                let rows = first..part.rows.end.min(first + step);
+                for first in part.panels.clone().step_by(group) {
+                    let panels = first..part.panels.end.min(first + group);
+                    let ldc = panels.len() * TILE_N;
+                    multiply(isa, x, w, rows.clone(), panels.clone(), (region, part.job, rows.start), scratch);
+                    let c = &*scratch.c.f32(rows.len() * ldc);
+                    sink(Done { isa, job: part.job, rows: rows.clone(), panels, c, ldc });
+                }
             }
         });
     });
+}
+
+/// Whether `rows` rows × a matrix of `dtype` are computed by AMX.
+fn by_amx(isa: Isa, dtype: DType, rows: usize) -> bool {
+    isa == Isa::Amx && dtype != DType::F32 && rows > FMA_ROWS
+}
+
+/// Rows of a part that go through all its panels together: as many as a kernel takes where rows must be widened first,
+/// otherwise all.
+fn rows_at_once(isa: Isa, dtype: DType, rows: usize) -> usize {
+    if dtype == DType::F32 || by_amx(isa, dtype, rows) { rows } else { max_rows(isa).min(rows) }
+}
+
+/// Rows that a kernel takes.
+fn max_rows(isa: Isa) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => avx512::MAX_ROWS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::MAX_ROWS,
+        _ => lanes::MAX_ROWS,
+    }
 }
 
 /// Tasks small enough that threads end together, large enough that they are worth their start.
@@ -189,7 +214,7 @@ fn multiply(
         Elements::F32(elements) => multiply_f32(isa, elements, &x, w, panels, scratch),
         Elements::BF16(elements) => {
             #[cfg(target_arch = "x86_64")]
-            if isa == Isa::Amx && rows.len() > FMA_ROWS {
+            if by_amx(isa, w.dtype(), rows.len()) {
                 return match w.dtype() {
                     DType::BF16 => multiply_amx(elements, &x, w, panels, scratch),
                     _ => multiply_amx_f8(elements, &x, w, panels, scratch),
@@ -217,21 +242,22 @@ fn multiply_f32(isa: Isa, x: &[f32], operand: &Operand, w: &PackedMatrix, panels
         return;
     }
     for panel in panels.clone() {
-        for first in (0..rows).step_by(lanes::MAX_ROWS) {
-            let num = (rows - first).min(lanes::MAX_ROWS);
+        for first in (0..rows).step_by(max_rows(isa)) {
+            let num = (rows - first).min(max_rows(isa));
             let (x, c) = (&x[first * stride..], &mut c[first * ldc + (panel - panels.start) * TILE_N..]);
             #[cfg(target_arch = "x86_64")]
             if isa >= Isa::Avx2 {
                 // SAFETY: the machine has AVX2 and FMA.
-                unsafe { lanes::f32_avx2(w, panel, num, x, stride, c, ldc) };
+                unsafe { avx2::f32(w, panel, num, x, stride, c, ldc) };
                 continue;
             }
-            lanes::f32_portable(w, panel, num, x, stride, c, ldc);
+            lanes::f32(w, panel, num, x, stride, c, ldc);
         }
     }
 }
 
-/// BF16 and F8 E4M3 by multiply-adds on rows that were widened to F32.
+/// BF16 and F8 E4M3 by multiply-adds on rows that are widened to F32 first (once for all panels of a part); at most as many
+/// rows as a kernel takes.
 fn multiply_widened(
     isa: Isa,
     x: &[bf16],
@@ -243,37 +269,27 @@ fn multiply_widened(
 ) {
     let (rows, stride, ldc) = (operand.rows, operand.stride, panels.len() * TILE_N);
     let k = padded(w.k(), DType::BF16);
-    #[cfg(target_arch = "x86_64")]
-    let most = if isa >= Isa::Avx512 { avx512::MAX_ROWS } else { lanes::MAX_ROWS };
-    #[cfg(not(target_arch = "x86_64"))]
-    let most = lanes::MAX_ROWS;
     let c = scratch.c.f32(rows * ldc);
-    for first in (0..rows).step_by(most) {
-        let num = (rows - first).min(most);
-        let wide = scratch.wide.f32(k * num);
-        let key = (key.0, key.1, key.2 + first);
-        if scratch.wide_key != key {
-            scratch.wide_key = key;
-            for m in 0..num {
-                let row = &x[(first + m) * stride..(first + m) * stride + k];
-                for (out, x) in wide[m..].iter_mut().step_by(num).zip(row) {
-                    *out = f32::from_bits(u32::from(flush_bf16(x.to_bits())) << 16);
-                }
+    let wide = scratch.wide.f32(k * rows);
+    if scratch.wide_key != key {
+        scratch.wide_key = key;
+        for m in 0..rows {
+            let row = &x[m * stride..m * stride + k];
+            for (out, x) in wide[m..].iter_mut().step_by(rows).zip(row) {
+                *out = f32::from_bits(u32::from(flush_bf16(x.to_bits())) << 16);
             }
         }
-        for panel in panels.clone() {
-            let c = &mut c[first * ldc + (panel - panels.start) * TILE_N..];
+    }
+    for panel in panels.clone() {
+        let c = &mut c[(panel - panels.start) * TILE_N..];
+        match isa {
+            // SAFETY: the machine has AVX-512.
             #[cfg(target_arch = "x86_64")]
-            if isa >= Isa::Avx512 {
-                // SAFETY: the machine has AVX-512.
-                unsafe { avx512::tiles(w, panel, num, wide, c, ldc) };
-                continue;
-            } else if isa >= Isa::Avx2 {
-                // SAFETY: the machine has AVX2 and FMA.
-                unsafe { lanes::tiles_avx2(w, panel, num, wide, c, ldc) };
-                continue;
-            }
-            lanes::tiles_portable(w, panel, num, wide, c, ldc);
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512::tiles(w, panel, rows, wide, c, ldc) },
+            // SAFETY: the machine has AVX2 and FMA.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::tiles(w, panel, rows, wide, c, ldc) },
+            _ => lanes::tiles(w, panel, rows, wide, c, ldc),
         }
     }
 }
@@ -292,7 +308,6 @@ fn multiply_amx(x: &[bf16], operand: &Operand, w: &PackedMatrix, panels: Range<u
         num_tiles,
         c: c.as_mut_ptr(),
         c_stride: ldc * 4,
-        accumulate: false,
     };
     // SAFETY: `Isa::Amx` was found usable; the assertion above covers x; W's panels have `num_tiles` tiles each; `c` holds
     // `rows` rows of whole panels.
@@ -300,14 +315,15 @@ fn multiply_amx(x: &[bf16], operand: &Operand, w: &PackedMatrix, panels: Range<u
         if rows <= 16 {
             amx::configure((rows, 1));
             for _ in panels {
-                amx::rows16_panel1(block);
+                amx::rows16_panel1_stream(block);
                 block.w = block.w.wrapping_add(block.panel_bytes);
                 block.c = block.c.wrapping_add(TILE_N);
             }
         } else {
+            let mut configured = (0, 0);
             for pair in panels.clone().step_by(2) {
                 let count = (panels.end - pair).min(2);
-                amx_rows(block, rows, count);
+                amx_rows(block, rows, count, &mut configured);
                 block.w = block.w.wrapping_add(2 * block.panel_bytes);
                 block.c = block.c.wrapping_add(2 * TILE_N);
             }
@@ -316,13 +332,12 @@ fn multiply_amx(x: &[bf16], operand: &Operand, w: &PackedMatrix, panels: Range<u
     }
 }
 
-/// All rows of a block × `count` (1 or 2) panels.
+/// All rows of a block × `count` (1 or 2) panels. `configured` says how tiles are.
 ///
 /// # Safety
 /// As the kernels of [`amx`], for `rows` rows.
 #[cfg(target_arch = "x86_64")]
-unsafe fn amx_rows(block: amx::Block, rows: usize, count: usize) {
-    let mut configured = (0, 0);
+unsafe fn amx_rows(block: amx::Block, rows: usize, count: usize, configured: &mut (usize, usize)) {
     for first in (0..rows).step_by(32) {
         let num = (rows - first).min(32);
         let tiles = (num.min(16), num.saturating_sub(16).max(1));
@@ -333,9 +348,9 @@ unsafe fn amx_rows(block: amx::Block, rows: usize, count: usize) {
         };
         // SAFETY: promised by the caller; tiles are configured for the rows that are left.
         unsafe {
-            if configured != tiles {
+            if *configured != tiles {
                 amx::configure(tiles);
-                configured = tiles;
+                *configured = tiles;
             }
             match (num > 16, count) {
                 (true, 2) => amx::rows32_panel2(block),
@@ -347,45 +362,66 @@ unsafe fn amx_rows(block: amx::Block, rows: usize, count: usize) {
     }
 }
 
+/// Blocks of 128 columns: decoded to BF16, multiplied, scaled and added. The steps of three neighbouring blocks alternate, so
+/// that tiles are not loaded from lines that were stored just before.
 #[cfg(target_arch = "x86_64")]
 fn multiply_amx_f8(x: &[bf16], operand: &Operand, w: &PackedMatrix, panels: Range<usize>, scratch: &mut Scratch) {
     const BLOCK_TILES: usize = SCALE_K / TILE_K;
     const PANEL_WORDS: usize = BLOCK_TILES * TILE_N * TILE_K;
     let (rows, ldc) = (operand.rows, panels.len() * TILE_N);
     let num_tiles = w.k().div_ceil(TILE_K);
+    let num_blocks = num_tiles.div_ceil(BLOCK_TILES);
     assert!(rows > 0 && x.len() >= (rows - 1) * operand.stride + num_tiles * TILE_K);
     let c = scratch.c.f32(rows * ldc);
-    let tiles = scratch.tiles.u16(2 * PANEL_WORDS);
-    let sums = scratch.block.f32(rows * 2 * TILE_N);
-    for pair in panels.clone().step_by(2) {
-        let count = (panels.end - pair).min(2);
+    let tiles = scratch.tiles.u16(4 * PANEL_WORDS);
+    let sums = scratch.block.f32(4 * rows * TILE_N);
+    let (tiles_half, sums_half) = (tiles.len() / 2, sums.len() / 2);
+    let mut configured = (0, 0);
+    // With few rows, the steps of one panel fit the processor's window and overlap; with many, two panels share loads of x.
+    let step = if rows <= STREAM_ROWS { 1 } else { 2 };
+    for pair in panels.clone().step_by(step) {
+        let count = (panels.end - pair).min(step);
         let c_at = (pair - panels.start) * TILE_N;
-        for first in (0..num_tiles).step_by(BLOCK_TILES) {
-            let num = (num_tiles - first).min(BLOCK_TILES);
+        let tiles_of = |block: usize| block * BLOCK_TILES..num_tiles.min((block + 1) * BLOCK_TILES);
+        let decode = |block: usize, tiles: &mut [u16]| {
             for p in 0..count {
-                let codes = &w.panel(pair + p, 1)[first * 512..(first + num) * 512];
+                let range = tiles_of(block);
+                let codes = &w.panel(pair + p, 1)[range.start * 512..range.end * 512];
+                let out = &mut tiles[block % 2 * tiles_half + p * PANEL_WORDS..][..PANEL_WORDS];
                 // SAFETY: AMX machines have AVX-512.
-                unsafe { avx512::decode_tiles(codes, &mut tiles[p * PANEL_WORDS..]) };
+                unsafe { avx512::decode_tiles(codes, out) };
             }
-            let block = amx::Block {
-                x: x[first * TILE_K..].as_ptr().cast(),
-                x_stride: operand.stride * 2,
-                w: tiles.as_ptr().cast(),
-                panel_bytes: PANEL_WORDS * 2,
-                num_tiles: num,
-                c: sums.as_mut_ptr(),
-                c_stride: 2 * TILE_N * 4,
-                accumulate: false,
-            };
-            // SAFETY: as in `multiply_amx`; `tiles` has `num` decoded tiles for each panel, `sums` 32 columns a row.
-            unsafe { amx_rows(block, rows, count) };
+        };
+        let mut scale_add = |block: usize, sums: &[f32]| {
             for p in 0..count {
-                let scale = &w.scales(pair + p)[first / BLOCK_TILES * TILE_N..][..TILE_N];
-                let (c, sums) = (&mut c[c_at + p * TILE_N..], &sums[p * TILE_N..]);
+                let scale = &w.scales(pair + p)[block * TILE_N..][..TILE_N];
+                let (c, sums) = (&mut c[c_at + p * TILE_N..], &sums[block % 2 * sums_half + p * TILE_N..]);
                 // SAFETY: AMX machines have AVX-512.
-                unsafe { avx512::scale_add(rows, scale, sums, 2 * TILE_N, c, ldc, first == 0) };
+                unsafe { avx512::scale_add(rows, scale, sums, 2 * TILE_N, c, ldc, block == 0) };
+            }
+        };
+        decode(0, tiles);
+        for block in 0..num_blocks {
+            if block + 1 < num_blocks {
+                decode(block + 1, tiles);
+            }
+            let range = tiles_of(block);
+            let operands = amx::Block {
+                x: x[range.start * TILE_K..].as_ptr().cast(),
+                x_stride: operand.stride * 2,
+                w: tiles[block % 2 * tiles_half..].as_ptr().cast(),
+                panel_bytes: PANEL_WORDS * 2,
+                num_tiles: range.len(),
+                c: sums[block % 2 * sums_half..].as_mut_ptr(),
+                c_stride: 2 * TILE_N * 4,
+            };
+            // SAFETY: as in `multiply_amx`; `tiles` has decoded tiles for each panel, `sums` 32 columns a row.
+            unsafe { amx_rows(operands, rows, count, &mut configured) };
+            if block > 0 {
+                scale_add(block - 1, sums);
             }
         }
+        scale_add(num_blocks - 1, sums);
     }
     // SAFETY: `Isa::Amx` was found usable.
     unsafe { amx::release() };
@@ -457,42 +493,45 @@ pub(crate) struct Columns {
 /// # Safety
 /// The jobs' rows and columns in `out` are disjoint.
 pub(crate) unsafe fn store(done: &Done, out: &Out, columns: Columns, bias: Option<&[f32]>) {
+    #[cfg(target_arch = "x86_64")]
+    if done.isa >= Isa::Avx512 {
+        // SAFETY: the machine has AVX-512; the rest is promised by the caller.
+        return unsafe { store_avx512(done, out, columns, bias) };
+    }
+    // SAFETY: promised by the caller.
+    unsafe { store_any(done, out, columns, bias) };
+}
+
+/// Promises: as [`store`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn store_avx512(done: &Done, out: &Out, columns: Columns, bias: Option<&[f32]>) {
+    // SAFETY: promised by the caller.
+    unsafe { store_any(done, out, columns, bias) };
+}
+
+/// Promises: as [`store`].
+#[inline(always)]
+unsafe fn store_any(done: &Done, out: &Out, columns: Columns, bias: Option<&[f32]>) {
     let first = done.panels.start * TILE_N;
     let len = (done.panels.len() * TILE_N).min(columns.num - first);
     let bias = bias.map(|bias| &bias[first..first + len]);
     for (row, c) in done.rows.clone().zip(done.c.chunks_exact(done.ldc)) {
         // SAFETY: blocks of a job are disjoint, jobs by the caller's promise.
-        let mut out = unsafe { out.row(columns.first + row * columns.stride + first, len) };
-        store_row(done.isa, &c[..len], bias, &mut out);
-    }
-}
-
-#[inline(always)]
-fn store_row_any(c: &[f32], bias: Option<&[f32]>, out: &mut OutRow) {
-    match (out, bias) {
-        (OutRow::F32(out), None) => out.copy_from_slice(c),
-        (OutRow::F32(out), Some(bias)) => {
-            out.iter_mut().zip(c).zip(bias).for_each(|((out, c), bias)| *out = c + bias);
+        let out = unsafe { out.row(columns.first + row * columns.stride + first, len) };
+        let c = &c[..len];
+        match (out, bias) {
+            (OutRow::F32(out), None) => out.copy_from_slice(c),
+            (OutRow::F32(out), Some(bias)) => {
+                out.iter_mut().zip(c).zip(bias).for_each(|((out, c), bias)| *out = c + bias);
+            }
+            (OutRow::BF16(out), None) => {
+                out.iter_mut().zip(c).for_each(|(out, c)| *out = bf16::from_bits(round_bf16(*c)));
+            }
+            (OutRow::BF16(out), Some(bias)) => {
+                let sums = c.iter().zip(bias).map(|(c, bias)| c + bias);
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = bf16::from_bits(round_bf16(sum)));
+            }
         }
-        (OutRow::BF16(out), None) => out.iter_mut().zip(c).for_each(|(out, c)| *out = bf16::from_bits(round_bf16(*c))),
-        (OutRow::BF16(out), Some(bias)) => {
-            (out.iter_mut().zip(c).zip(bias)).for_each(|((out, c), bias)| *out = bf16::from_bits(round_bf16(c + bias)));
-        }
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn store_row_avx512(c: &[f32], bias: Option<&[f32]>, out: &mut OutRow) {
-    store_row_any(c, bias, out);
-}
-
-fn store_row(isa: Isa, c: &[f32], bias: Option<&[f32]>, out: &mut OutRow) {
-    #[cfg(target_arch = "x86_64")]
-    if isa >= Isa::Avx512 {
-        // SAFETY: the machine has AVX-512.
-        return unsafe { store_row_avx512(c, bias, out) };
-    }
-    let _ = isa;
-    store_row_any(c, bias, out);
 }

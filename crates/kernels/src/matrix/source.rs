@@ -2,7 +2,7 @@
 
 use moesaic_spec::DType;
 
-use super::{OP, fp8};
+use super::{OP, TILE_K, fp8};
 use crate::KernelError;
 use crate::contract::require;
 
@@ -59,7 +59,13 @@ impl<'a> SourceMatrix<'a> {
     /// All elements in order, widened, scales applied. `out` has `rows * cols` elements.
     pub fn to_f32(&self, out: &mut [f32]) {
         assert_eq!(out.len(), self.rows * self.cols, "elements");
-        out.chunks_mut(self.cols.max(1)).enumerate().for_each(|(row, out)| self.read_f32(row, 0, out));
+        let mut tile = [0.0; TILE_K];
+        for (row, out) in out.chunks_mut(self.cols.max(1)).enumerate() {
+            for (i, out) in out.chunks_mut(TILE_K).enumerate() {
+                self.read_f32((row, i * TILE_K, out.len()), &mut tile);
+                out.copy_from_slice(&tile[..out.len()]);
+            }
+        }
     }
 
     /// Checks that sizes fit together.
@@ -83,50 +89,96 @@ impl<'a> SourceMatrix<'a> {
         self.scales.map_or(1.0, |s| s.factors[row / s.block[0] * self.cols.div_ceil(s.block[1]) + col / s.block[1]])
     }
 
+    /// Converts `len` elements of `row` from `col` on; zeros follow. The fixed width makes this a few vector instructions.
     #[inline(always)]
-    fn run<const SIZE: usize>(&self, row: usize, col: usize, len: usize) -> impl Iterator<Item = [u8; SIZE]> {
-        let (start, step) =
-            if self.transposed { (col * self.rows + row, self.rows) } else { (row * self.cols + col, 1) };
-        let bytes = &self.bytes[start * SIZE..(start + (len - 1) * step + 1) * SIZE];
-        let chunks = bytes.chunks_exact(SIZE).step_by(step);
-        chunks.map(|chunk| chunk.try_into().expect("chunks have this size"))
+    fn each<const SIZE: usize, T>(
+        &self,
+        (row, col, len): (usize, usize, usize),
+        out: &mut [T; TILE_K],
+        convert: impl Fn([u8; SIZE]) -> T,
+    ) {
+        let mut raw = [[0; SIZE]; TILE_K];
+        if self.transposed {
+            for (i, raw) in raw[..len].iter_mut().enumerate() {
+                let at = ((col + i) * self.rows + row) * SIZE;
+                raw.copy_from_slice(&self.bytes[at..at + SIZE]);
+            }
+        } else {
+            let at = (row * self.cols + col) * SIZE;
+            let raw = raw.as_flattened_mut();
+            if len == TILE_K {
+                raw.copy_from_slice(&self.bytes[at..at + TILE_K * SIZE]);
+            } else {
+                raw[..len * SIZE].copy_from_slice(&self.bytes[at..at + len * SIZE]);
+            }
+        }
+        for i in 0..TILE_K {
+            out[i] = convert(raw[i]);
+        }
     }
 
-    /// `out.len()` elements of `row` from `col` on, as F32, scales applied.
+    /// `len` elements of `row` from `col` on, as F32, scales applied; zeros follow.
     #[inline(always)]
-    pub(super) fn read_f32(&self, row: usize, col: usize, out: &mut [f32]) {
-        let len = out.len();
+    pub(super) fn read_f32(&self, at @ (row, col, len): (usize, usize, usize), out: &mut [f32; TILE_K]) {
         match self.dtype {
-            DType::F32 => out.iter_mut().zip(self.run(row, col, len)).for_each(|(o, b)| *o = f32::from_le_bytes(b)),
-            DType::BF16 => (out.iter_mut().zip(self.run(row, col, len)))
-                .for_each(|(o, b)| *o = f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
-            DType::F16 => (out.iter_mut().zip(self.run(row, col, len)))
-                .for_each(|(o, b)| *o = half::f16::from_le_bytes(b).to_f32_const()),
-            _ => (out.iter_mut().zip(self.run::<1>(row, col, len)).enumerate())
-                .for_each(|(i, (o, [code]))| *o = fp8::to_f32(code) * self.scale(row, col + i)),
+            DType::F32 => self.each(at, out, f32::from_le_bytes),
+            DType::BF16 => self.each(at, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+            DType::F16 => self.each(at, out, |b| f16_to_f32(u16::from_le_bytes(b))),
+            _ => {
+                self.each(at, out, |[code]| fp8::to_f32(code));
+                let Some(scales) = self.scales else { return };
+                let (mut from, width) = (0, scales.block[1]);
+                while from < len {
+                    let to = len.min((col + from) / width * width + width - col);
+                    let factor = self.scale(row, col + from);
+                    out[from..to].iter_mut().for_each(|out| *out *= factor);
+                    from = to;
+                }
+            }
         }
     }
 
     /// The same as BF16 bits, rounded to nearest even, subnormals flushed.
     #[inline(always)]
-    pub(super) fn read_bf16(&self, row: usize, col: usize, out: &mut [u16]) {
+    pub(super) fn read_bf16(&self, at: (usize, usize, usize), out: &mut [u16; TILE_K]) {
         if self.dtype == DType::BF16 {
-            let elements = self.run(row, col, out.len());
-            out.iter_mut().zip(elements).for_each(|(o, b)| *o = flush_bf16(u16::from_le_bytes(b)));
+            if self.transposed || at.2 < TILE_K {
+                return self.each(at, out, |b| flush_bf16(u16::from_le_bytes(b)));
+            }
+            // What loading is mostly made of: a copy and two vector instructions.
+            let start = (at.0 * self.cols + at.1) * 2;
+            let bytes: &[u8; 2 * TILE_K] = self.bytes[start..start + 2 * TILE_K].try_into().expect("a row of a tile");
+            // SAFETY: any 64 bytes are 32 words; both arrays have this size.
+            let words: [u16; TILE_K] = unsafe { std::mem::transmute_copy(bytes) };
+            for i in 0..TILE_K {
+                out[i] = flush_bf16(u16::from_le(words[i]));
+            }
             return;
         }
-        let mut wide = [0.0; super::TILE_K];
-        let wide = &mut wide[..out.len()];
-        self.read_f32(row, col, wide);
-        out.iter_mut().zip(wide).for_each(|(o, v)| *o = flush_bf16(round_bf16(*v)));
+        let mut wide = [0.0; TILE_K];
+        self.read_f32(at, &mut wide);
+        for i in 0..TILE_K {
+            out[i] = flush_bf16(round_bf16(wide[i]));
+        }
     }
 
     /// The codes of an F8 E4M3 source.
     #[inline(always)]
-    pub(super) fn read_codes(&self, row: usize, col: usize, out: &mut [u8]) {
-        let codes = self.run::<1>(row, col, out.len());
-        out.iter_mut().zip(codes).for_each(|(o, [code])| *o = code);
+    pub(super) fn read_codes(&self, at: (usize, usize, usize), out: &mut [u8; TILE_K]) {
+        self.each(at, out, |[code]| code);
     }
+}
+
+/// Exact; without branches, so that loops become vector instructions.
+#[inline(always)]
+fn f16_to_f32(bits: u16) -> f32 {
+    let magnitude = i32::from(bits & 0x7fff);
+    // 2^(exponent - 15) × 1.mantissa: F32's bias is 127.
+    let normal = ((magnitude << 13) + (112 << 23)) as u32;
+    let subnormal = (magnitude as f32 * (1.0 / (1 << 24) as f32)).to_bits();
+    let wide = if magnitude < 0x400 { subnormal } else { normal };
+    let wide = if magnitude >= 0x7c00 { (magnitude as u32) << 13 | 0x7f80_0000 } else { wide };
+    f32::from_bits(wide | u32::from(bits & 0x8000) << 16)
 }
 
 /// Rounds to BF16, to nearest even; NaN stays NaN.
@@ -140,5 +192,5 @@ pub(crate) fn round_bf16(value: f32) -> u16 {
 /// Subnormals become zero, as AMX reads them.
 #[inline(always)]
 pub(crate) fn flush_bf16(bits: u16) -> u16 {
-    if bits & 0x7f80 == 0 { bits & 0x8000 } else { bits }
+    bits & if bits & 0x7f80 == 0 { 0x8000 } else { 0xffff }
 }

@@ -1,5 +1,6 @@
 //! `moesaic bench`: how fast, and how near to what the machine can do.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::time::Instant;
@@ -39,7 +40,7 @@ struct Report<R: Serialize> {
 #[derive(Serialize)]
 struct LatencyResult {
     batch_size: usize,
-    /// Medians over the rounds.
+    /// Medians over the rounds; the time to first token is the mean over the batch.
     ttft_ms: f64,
     tpot_ms: f64,
     prefill_tokens_per_s: f64,
@@ -214,9 +215,11 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// All sequences at once; steps that run prompts and steps that only decode are timed apart.
+    /// All sequences at once. Steps that run prompts and steps in which the whole batch decodes are timed apart; those at
+    /// the end, when some sequences are done, count for neither.
     fn round(&self, engine: &mut Engine, ceilings: &Ceilings, batch_size: usize, round: u64) -> Result<LatencyRound> {
         let mut measured = LatencyRound::default();
+        let mut answered = HashSet::new();
         let start = Instant::now();
         for seq in 0..batch_size {
             self.add(engine, round << 16 | seq as u64)?;
@@ -231,16 +234,15 @@ impl<'a> Bench<'a> {
                 measured.prefill_s += took;
                 measured.prefill_tokens += step.num_prefill_tokens;
                 measured.prefill_floor_s += ceilings.floor_s(&calls);
-            } else {
+            } else if step.num_decode_tokens == batch_size {
                 measured.decode_s += took;
                 measured.decode_steps += 1;
                 measured.decode_tokens += step.num_decode_tokens;
                 measured.decode_floor_s += ceilings.floor_s(&calls);
                 measured.decode_bytes += calls.iter().map(|call| call.bytes.expected).sum::<f64>();
             }
-            if measured.ttft_ms == 0.0 && !step.events.is_empty() {
-                measured.ttft_ms = start.elapsed().as_secs_f64() * 1e3;
-            }
+            let first_tokens = step.events.iter().filter(|event| answered.insert(event.id)).count();
+            measured.ttft_ms += first_tokens as f64 * start.elapsed().as_secs_f64() * 1e3 / batch_size as f64;
         }
         Ok(measured)
     }

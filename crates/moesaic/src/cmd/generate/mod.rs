@@ -28,7 +28,9 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     if interactive {
         return chat(args, &model);
     }
-    let prompts = prompts(args, &model)?;
+    let texts = texts(args)?;
+    let prompts =
+        if args.prompt_ids.is_empty() { encode(args, &model, &texts)? } else { vec![args.prompt_ids.clone()] };
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let limit = model.spec.max_position_embeddings;
     ensure!(
@@ -42,7 +44,11 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     ensure!(args.logits.is_none() || prompts.len() == 1, "--logits is for one prompt; {} were given", prompts.len());
     let mut engine = model.launch(&config, args.quiet)?;
     if !args.quiet {
-        eprintln!("model     {}\n{}\n", model.name, engine.ledger());
+        eprintln!("model     {}\n{}", model.name, engine.ledger());
+        if texts.first().is_some_and(|text| text == DEFAULT_PROMPT) {
+            eprintln!("prompt    {DEFAULT_PROMPT}");
+        }
+        eprintln!();
     }
     let mut session = Session { args, model: &model, engine: &mut engine };
     let answers = session.answer(&prompts, !args.json && prompts.len() == 1)?;
@@ -61,22 +67,27 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     Ok(())
 }
 
-/// The prompts as token ids.
-fn prompts(args: &GenerateArgs, model: &OpenModel) -> Result<Vec<Vec<u32>>> {
-    if !args.prompt_ids.is_empty() {
-        return Ok(vec![args.prompt_ids.clone()]);
+/// The prompts as given; none when they were given as ids.
+fn texts(args: &GenerateArgs) -> Result<Vec<String>> {
+    match (args.prompt_ids.is_empty(), args.prompt.is_empty()) {
+        (false, _) => Ok(Vec::new()),
+        (true, false) => Ok(args.prompt.clone()),
+        (true, true) => Ok(vec![stdin_prompt()?]),
     }
-    let texts = if args.prompt.is_empty() { vec![stdin_prompt()?] } else { args.prompt.clone() };
+}
+
+/// The prompts as token ids.
+fn encode(args: &GenerateArgs, model: &OpenModel, texts: &[String]) -> Result<Vec<Vec<u32>>> {
     let tokenizer = model.tokenizer()?;
     let mut prompts = Vec::new();
     for text in texts {
         let ids = match args.chat {
             true => {
                 let mut messages = system_message(args);
-                messages.push(ChatMessage::new("user", text));
+                messages.push(ChatMessage::new("user", text.clone()));
                 chat_ids(tokenizer, &messages)?
             }
-            false => tokenizer.encode(&text, true)?,
+            false => tokenizer.encode(text, true)?,
         };
         ensure!(!ids.is_empty(), "the prompt is empty; give --prompt TEXT, --prompt-ids IDS or text on standard input");
         prompts.push(ids);
