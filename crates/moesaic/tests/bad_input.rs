@@ -477,6 +477,20 @@ fn sizes_that_nothing_can_hold() {
     }
 }
 
+/// A context that no memory holds must be refused by the ledger, not by the allocator.
+#[test]
+fn contexts_that_nothing_can_hold() {
+    let model = Model::single();
+    model.config("max_position_embeddings", json!(1 << 27));
+    let long = (1usize << 27).to_string();
+    model.generate_with(&["--max-model-len", &long]).refused(&["cannot fit: weights", "--max-model-len"]);
+    let many = ["--max-model-len", &long, "--max-num-seqs", "65536", "--max-num-batched-tokens", "1048576"];
+    model.generate_with(&many).refused(&["cannot fit: weights", "--max-model-len"]);
+    model.generate_with(&["--block-size", "8", "--max-model-len", &long]).refused(&["cannot fit: weights"]);
+    let bench = ["bench", "throughput", arg(&model.folder), "--input-len", &long, "--output-len", "1"];
+    moesaic_within(TWO_GIB, &bench).refused(&[]);
+}
+
 #[test]
 fn a_tokenizer_of_another_model() {
     let model = Model::single();
