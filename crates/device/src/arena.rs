@@ -33,6 +33,10 @@ struct State {
     in_use: usize,
     /// Highest end address ever taken: the size that the arena must have.
     peak: usize,
+    /// Regions that are taken now and not empty.
+    num_regions: usize,
+    /// See [`Arena::sufficient`].
+    sufficient: usize,
 }
 
 impl Arena {
@@ -49,7 +53,7 @@ impl Arena {
     }
 
     fn with(name: &'static str, memory: Option<HostMemory>, capacity: usize) -> Arena {
-        let state = State { free: BTreeMap::from([(0, capacity)]), in_use: 0, peak: 0 };
+        let state = State { free: BTreeMap::from([(0, capacity)]), in_use: 0, peak: 0, num_regions: 0, sufficient: 0 };
         Arena { inner: Arc::new(Inner { name, memory, capacity, state: Mutex::new(state) }) }
     }
 
@@ -72,6 +76,14 @@ impl Arena {
                 state.free.insert(start + len, free - len);
             }
         }
+        if len > 0 {
+            // Around n regions lie at most n + 1 holes. A request that finds none long enough sees each at least one line
+            // too short, so with one line more than that in all, one is.
+            let holes = (state.num_regions + 1).saturating_mul(len - ALIGN_BYTES);
+            let sufficient = state.in_use.saturating_add(holes).saturating_add(ALIGN_BYTES);
+            state.sufficient = state.sufficient.max(sufficient);
+            state.num_regions += 1;
+        }
         state.in_use += len;
         state.peak = state.peak.max(start + len);
         drop(state);
@@ -81,6 +93,13 @@ impl Arena {
     /// The size that an arena needs to serve the requests seen so far.
     pub fn peak(&self) -> Bytes {
         Bytes(self.inner.state.lock().expect("no code panics while it holds an arena").peak as u64)
+    }
+
+    /// The size at which an arena serves the requests seen so far wherever earlier ones were placed; so it also serves any
+    /// requests that come and go in the same order and of which none is larger. [`peak`](Self::peak) promises the latter
+    /// not: where a smaller request leaves a smaller hole, the next one may have to go elsewhere.
+    pub fn sufficient(&self) -> Bytes {
+        Bytes(self.inner.state.lock().expect("no code panics while it holds an arena").sufficient as u64)
     }
 
     /// Bytes that are taken now.
@@ -104,6 +123,7 @@ impl Arena {
         }
         let mut state = self.inner.state.lock().expect("no code panics while it holds an arena");
         state.in_use -= len;
+        state.num_regions -= 1;
         let (mut start, mut len) = (start, len);
         if let Some((&before, &before_len)) = state.free.range(..start).next_back()
             && before + before_len == start
@@ -203,6 +223,27 @@ mod tests {
             drop((b, c));
         }
         assert_eq!(host.peak(), meta.peak());
+    }
+
+    /// The smaller requests take more than the larger ones did, but not more than was promised.
+    #[test]
+    fn what_is_sufficient_holds_for_smaller_requests() {
+        let run = |sizes: [usize; 4]| {
+            let arena = Arena::meta("test");
+            let [a, b, c, d] = sizes.map(|lines| lines * ALIGN_BYTES);
+            let first = arena.alloc(a).unwrap();
+            let _second = arena.alloc(b).unwrap();
+            drop(first);
+            let _third = arena.alloc(c).unwrap();
+            let _fourth = arena.alloc(d).unwrap();
+            (arena.peak().0 as usize / ALIGN_BYTES, arena.sufficient().0 as usize / ALIGN_BYTES)
+        };
+        assert_eq!(run([10, 4, 6, 4]).0, 14);
+        assert_eq!(run([9, 4, 6, 4]).0, 17, "the hole is a line too short");
+        for sizes in [[10, 4, 6, 4], [9, 4, 6, 4], [10, 4, 6, 3], [1, 4, 6, 4], [10, 0, 6, 4], [7, 2, 5, 4]] {
+            let (peak, sufficient) = run(sizes);
+            assert!(peak <= sufficient && peak <= run([10, 4, 6, 4]).1, "{sizes:?}: {peak} {sufficient}");
+        }
     }
 
     #[test]

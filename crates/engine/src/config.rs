@@ -1,5 +1,6 @@
 //! Settings of one engine; names as in vLLM.
 
+use moesaic_device::Isa;
 use moesaic_model::LoadDType;
 use moesaic_spec::Bytes;
 
@@ -22,6 +23,8 @@ pub struct EngineConfig {
     pub enable_chunked_prefill: bool,
     /// Threads of the CPU back end; all usable cores when `None`.
     pub num_threads: Option<usize>,
+    /// Instruction set of the kernels, at most what the machine has; `MOESAIC_ISA` or the best when `None`.
+    pub isa: Option<Isa>,
     /// Share of the available memory that may be used.
     pub memory_utilization: f64,
     /// Memory that may be used, instead of a share of what is available.
@@ -45,6 +48,7 @@ impl Default for EngineConfig {
             enable_prefix_caching: true,
             enable_chunked_prefill: true,
             num_threads: None,
+            isa: None,
             memory_utilization: 0.9,
             memory_limit: None,
             kv_cache: None,

@@ -33,6 +33,10 @@ pub fn launch(
         Some(num_threads) => num_threads,
         None => machine::num_usable_cores(),
     };
+    let isa = match config.isa {
+        Some(isa) => usable(isa)?,
+        None => Isa::from_env()?,
+    };
     let max_model_len = max_model_len(spec, config)?;
     if let Launch::Checkpoint(checkpoint) = weights {
         checkpoint.check(spec)?;
@@ -46,7 +50,8 @@ pub fn launch(
             Bytes((available.0 as f64 * config.memory_utilization) as u64)
         }),
         weights: meta.weight_bytes,
-        activations: activation_peak(&meta, config, max_model_len)?,
+        activations: activation_bound(&meta, config, max_model_len)?,
+        position_bytes: meta.transformer().position_bytes(),
         workspace: Bytes(num_threads as u64 * (THREAD_WORKSPACE_BYTES + 16 * spec.vocab_size as u64)),
         block_bytes: KvCache::block_bytes(spec, compute_dtype, config.block_size)?,
         block_size: config.block_size,
@@ -79,8 +84,17 @@ pub fn launch(
         enable_prefix_caching: config.enable_prefix_caching && !config.keep_logits,
         enable_chunked_prefill: config.enable_chunked_prefill,
     })?;
-    let ctx = Ctx::cpu_with(activation_arena, pool, Isa::from_env()?);
+    let ctx = Ctx::cpu_with(activation_arena, pool, isa);
     Ok(Engine::new(scheduler, Rank::new(ctx, transformer, kv, config.keep_logits), ledger))
+}
+
+fn usable(isa: Isa) -> Result<Isa, EngineError> {
+    let best = Isa::detect();
+    let right = || format!("this machine runs {best} and what is below it");
+    if isa > best {
+        return Err(EngineError::Invalid { field: "isa", value: isa.to_string(), right: right() });
+    }
+    Ok(isa)
 }
 
 fn max_model_len(spec: &ModelSpec, config: &EngineConfig) -> Result<usize, EngineError> {
@@ -96,24 +110,21 @@ fn max_model_len(spec: &ModelSpec, config: &EngineConfig) -> Result<usize, Engin
     }
 }
 
-/// The largest activation arena over the shapes that the scheduler can ask for: all tokens of one prompt, all sequences
-/// decoding, and both together.
-fn activation_peak(meta: &MetaModel, config: &EngineConfig, max_model_len: usize) -> Result<Bytes, EngineError> {
-    let (seqs, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
-    let prefill = |num_tokens: usize| SeqShape { num_tokens, context_len: num_tokens, samples: true };
+/// An activation arena that is large enough for every step that the scheduler can ask for: what suffices for a step with as
+/// many tokens as there can be, beside as many sequences as can decode at their longest, all of them sampled. No tensor of
+/// another step is larger.
+fn activation_bound(meta: &MetaModel, config: &EngineConfig, max_model_len: usize) -> Result<Bytes, EngineError> {
+    let num_tokens = config.max_num_batched_tokens.min(config.max_num_seqs.saturating_mul(max_model_len));
+    let num_decodes = config.max_num_seqs.min(num_tokens);
     let decode = SeqShape { num_tokens: 1, context_len: max_model_len, samples: true };
-    let one_prompt = tokens.min(max_model_len);
-    let mut shapes = vec![vec![prefill(one_prompt)], vec![decode; seqs.min(tokens)]];
-    // As many sampled rows as there can be, and as many tokens.
-    let per_seq = (tokens / seqs).clamp(1, max_model_len);
-    let mut mixed: Vec<SeqShape> = vec![prefill(per_seq); seqs.min(tokens)];
-    let rest = tokens.saturating_sub(per_seq * mixed.len());
-    mixed[0] = prefill((per_seq + rest).min(max_model_len));
-    shapes.push(mixed);
-    let mut peak = Bytes(0);
-    for shape in &shapes {
-        let trace = meta.trace(shape, config.block_size, config.keep_logits)?;
-        peak = peak.max(trace.activation_peak);
+    let mut shape = vec![decode; num_decodes];
+    let mut left = num_tokens - num_decodes;
+    while left > 0 {
+        let num_tokens = left.min(max_model_len);
+        shape.push(SeqShape { num_tokens, context_len: max_model_len, samples: false });
+        left -= num_tokens;
     }
-    Ok(peak)
+    // One block a sequence: no activation depends on how the cache is cut, and a table of a long context is long.
+    let block_size = max_model_len.next_multiple_of(8);
+    Ok(meta.trace(&shape, block_size, config.keep_logits)?.activation_bound)
 }

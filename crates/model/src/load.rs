@@ -99,6 +99,11 @@ impl<'a> WeightSource<'a> {
         self.spec
     }
 
+    /// Whether there is no data.
+    pub(crate) fn is_meta(&self) -> bool {
+        matches!(self.origin, Origin::Meta)
+    }
+
     /// Element type of activations.
     pub fn compute_dtype(&self) -> DType {
         self.plain_dtype().compute()

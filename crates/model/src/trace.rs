@@ -27,6 +27,8 @@ pub struct Trace {
     pub calls: Vec<OpCall>,
     /// Size of the activation arena that the step needs.
     pub activation_peak: Bytes,
+    /// Size at which it has room for every step that asks for the same tensors or smaller ones ([`Arena::sufficient`]).
+    pub activation_bound: Bytes,
 }
 
 /// A model without data: its weights are counted, and any step can be traced.
@@ -89,6 +91,10 @@ impl MetaModel {
         let request = SampleRequest { params: &params, prompt: &[], generated: &[] };
         sample(&ctx, &logits, &vec![request; sampled_rows.len()])?;
         drop(logits);
-        Ok(Trace { calls: ctx.take_log(), activation_peak: ctx.arena().peak() })
+        Ok(Trace {
+            calls: ctx.take_log(),
+            activation_peak: ctx.arena().peak(),
+            activation_bound: ctx.arena().sufficient(),
+        })
     }
 }

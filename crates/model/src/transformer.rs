@@ -7,7 +7,7 @@ use moesaic_kernels::paged::PagedBatch;
 use moesaic_kernels::rms_norm::rms_norm;
 use moesaic_kernels::rope::RopeTable;
 use moesaic_spec::model::tensors::Role;
-use moesaic_spec::{Attention, DType, ModelSpec};
+use moesaic_spec::{Attention, Bytes, DType, ModelSpec};
 
 use crate::kv_cache::LayerCache;
 use crate::layers::{Embedding, FeedForward, GqaAttention, MlaAttention};
@@ -69,7 +69,10 @@ impl Transformer {
         }
         Ok(Transformer {
             dtype: source.compute_dtype(),
-            rope: RopeTable::new(&spec.rope, rotary_dim, max_model_len)?,
+            rope: match source.is_meta() {
+                true => RopeTable::meta(&spec.rope, rotary_dim, max_model_len)?,
+                false => RopeTable::new(&spec.rope, rotary_dim, max_model_len)?,
+            },
             embedding,
             layers,
             final_norm: source.vector(&[Role::FinalNorm])?,
@@ -85,6 +88,11 @@ impl Transformer {
     /// Element type of activations between ops, and of the cache.
     pub fn compute_dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Memory outside the weights' arena for each position that a sequence may have: RoPE's table.
+    pub fn position_bytes(&self) -> Bytes {
+        self.rope.position_bytes()
     }
 
     /// One step: `[logit_rows, V]` in F32. Keys and values of this step's tokens go into `kv`.

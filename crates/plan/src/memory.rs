@@ -12,10 +12,12 @@ pub struct MemoryRequest {
     pub budget: Bytes,
     /// Weights as kernels want them.
     pub weights: Bytes,
-    /// Peak of the activation arena over all step shapes.
+    /// Activation arena that is enough for every step.
     pub activations: Bytes,
     /// Buffers outside the arenas: logits and sampling, detokeniser, code.
     pub workspace: Bytes,
+    /// Tables outside the arenas, for each position of the longest sequence.
+    pub position_bytes: Bytes,
     /// One KV block in all layers.
     pub block_bytes: Bytes,
     /// Tokens a block.
@@ -26,6 +28,20 @@ pub struct MemoryRequest {
     pub max_num_seqs: usize,
     /// A fixed size of the KV cache instead of what the sequences need (`--kv-cache-memory-bytes`).
     pub kv_cache: Option<Bytes>,
+}
+
+impl MemoryRequest {
+    /// Everything but the KV cache.
+    fn fixed(&self, max_model_len: usize) -> Bytes {
+        let arenas = self.weights.0.saturating_add(self.activations.0);
+        let positions = self.position_bytes.0.saturating_mul(max_model_len as u64);
+        Bytes(arenas.saturating_add(self.workspace.0).saturating_add(positions))
+    }
+
+    /// Everything outside the arenas.
+    fn all_workspace(&self) -> Bytes {
+        Bytes(self.workspace.0.saturating_add(self.position_bytes.0.saturating_mul(self.max_model_len as u64)))
+    }
 }
 
 /// Who gets how much.
@@ -48,15 +64,15 @@ pub struct MemoryLedger {
 }
 
 /// The parts need more than there is.
-#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error(
     "cannot fit: weights {} + one sequence's KV cache {kv_needed} ({} tokens) + activations {} + workspace {} = {needed}, \
      but only {} may be used; {advice}",
-    request.weights, request.max_model_len, request.activations, request.workspace, request.budget
+    request.weights, request.max_model_len, request.activations, request.all_workspace(), request.budget
 )]
 pub struct CannotFit {
     /// What was asked for.
-    pub request: MemoryRequest,
+    pub request: Box<MemoryRequest>,
     /// KV cache of one sequence of the longest length.
     pub kv_needed: Bytes,
     /// The sum.
@@ -80,7 +96,7 @@ impl fmt::Display for Advice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("any of these would fix it: ")?;
         match self.max_model_len {
-            0 => f.write_str("a smaller --dtype or model (no --max-model-len is small enough), ")?,
+            0 => f.write_str("a smaller model, --dtype or --max-model-len, ")?,
             len => write!(f, "--max-model-len {len}, ")?,
         }
         match self.activations_at_most {
@@ -97,7 +113,7 @@ impl MemoryLedger {
     pub fn settle(request: &MemoryRequest) -> Result<MemoryLedger, CannotFit> {
         let blocks_of = |tokens: usize| tokens.div_ceil(request.block_size);
         let one_sequence = blocks_of(request.max_model_len);
-        let fixed = request.weights + request.activations + request.workspace;
+        let fixed = request.fixed(request.max_model_len);
         let left = Bytes(request.budget.0.saturating_sub(fixed.0));
         let fitting = (left.0 / request.block_bytes.0.max(1)) as usize;
         let wanted = match request.kv_cache {
@@ -112,7 +128,7 @@ impl MemoryLedger {
             weights_bytes: request.weights.0,
             kv_cache_bytes: wanted as u64 * request.block_bytes.0,
             activations_bytes: request.activations.0,
-            workspace_bytes: request.workspace.0,
+            workspace_bytes: request.all_workspace().0,
             num_blocks: wanted,
             block_size: request.block_size,
         })
@@ -124,19 +140,28 @@ impl MemoryLedger {
     }
 
     fn cannot_fit(request: &MemoryRequest, blocks: usize, fitting: usize, fixed: Bytes) -> CannotFit {
-        let kv_needed = Bytes(blocks as u64 * request.block_bytes.0);
-        let needed = fixed + kv_needed;
-        // With a KV cache of fixed size, a longer sequence than it holds can't be helped by more memory elsewhere.
-        let fitting =
-            request.kv_cache.map_or(fitting, |bytes| fitting.min((bytes.0 / request.block_bytes.0.max(1)) as usize));
+        let kv_needed = Bytes((blocks as u64).saturating_mul(request.block_bytes.0));
+        let needed = Bytes(fixed.0.saturating_add(kv_needed.0));
+        let fitting = match request.kv_cache {
+            // A longer sequence than a KV cache of fixed size holds can't be helped by more memory elsewhere.
+            Some(bytes) => {
+                let held = (bytes.0 / request.block_bytes.0.max(1)) as usize;
+                if held <= fitting { held } else { 0 }
+            }
+            // A shorter sequence needs fewer positions, too.
+            None => {
+                let block = request.block_bytes.0 + request.position_bytes.0 * request.block_size as u64;
+                (request.budget.0.saturating_sub(request.fixed(0).0) / block.max(1)) as usize
+            }
+        };
         let without_activations = Bytes(needed.0 - request.activations.0);
         let room = request.budget.0.checked_sub(without_activations.0).filter(|&room| room > 0);
         CannotFit {
-            request: *request,
+            request: Box::new(*request),
             kv_needed,
             needed,
             advice: Advice {
-                max_model_len: if fixed > request.budget { 0 } else { fitting * request.block_size },
+                max_model_len: fitting.saturating_mul(request.block_size),
                 activations_at_most: room.map(Bytes),
                 budget: needed,
             },
@@ -177,6 +202,7 @@ mod tests {
             weights: Bytes(60 * MIB),
             activations: Bytes(10 * MIB),
             workspace: Bytes(2 * MIB),
+            position_bytes: Bytes(0),
             block_bytes: Bytes(MIB),
             block_size: 16,
             max_model_len: 160,
@@ -201,15 +227,23 @@ mod tests {
     /// The advice must be true: what it proposes fits, and one step beyond does not.
     #[test]
     fn advice_is_true() {
-        let too_long = MemoryRequest { max_model_len: 16 * 40, ..request() };
-        let error = MemoryLedger::settle(&too_long).unwrap_err();
-        assert_eq!(error.kv_needed, Bytes(40 * MIB));
-        let len = error.advice.max_model_len;
-        assert!(MemoryLedger::settle(&MemoryRequest { max_model_len: len, ..too_long }).is_ok());
-        assert!(MemoryLedger::settle(&MemoryRequest { max_model_len: len + 1, ..too_long }).is_err());
-        let budget = error.advice.budget;
-        assert!(MemoryLedger::settle(&MemoryRequest { budget, ..too_long }).is_ok());
-        assert!(MemoryLedger::settle(&MemoryRequest { budget: Bytes(budget.0 - 1), ..too_long }).is_err());
+        for position_bytes in [0, 1000, MIB / 8] {
+            let too_long = MemoryRequest { max_model_len: 16 * 40, position_bytes: Bytes(position_bytes), ..request() };
+            let error = MemoryLedger::settle(&too_long).unwrap_err();
+            assert_eq!(error.kv_needed, Bytes(40 * MIB));
+            let len = error.advice.max_model_len;
+            assert!(MemoryLedger::settle(&MemoryRequest { max_model_len: len, ..too_long }).is_ok());
+            assert!(MemoryLedger::settle(&MemoryRequest { max_model_len: len + 1, ..too_long }).is_err());
+            let budget = error.advice.budget;
+            assert!(MemoryLedger::settle(&MemoryRequest { budget, ..too_long }).is_ok());
+            assert!(MemoryLedger::settle(&MemoryRequest { budget: Bytes(budget.0 - 1), ..too_long }).is_err());
+        }
+        // No length helps a KV cache of fixed size that does not fit.
+        let large_cache = MemoryRequest { kv_cache: Some(Bytes(50 * MIB)), ..request() };
+        assert_eq!(MemoryLedger::settle(&large_cache).unwrap_err().advice.max_model_len, 0);
+        let small_cache = MemoryRequest { kv_cache: Some(Bytes(3 * MIB)), ..request() };
+        assert_eq!(MemoryLedger::settle(&small_cache).unwrap_err().advice.max_model_len, 48);
+        assert!(MemoryLedger::settle(&MemoryRequest { max_model_len: 48, ..small_cache }).is_ok());
 
         let few_short = MemoryRequest { budget: Bytes(75 * MIB), ..request() };
         let error = MemoryLedger::settle(&few_short).unwrap_err();

@@ -55,7 +55,7 @@ pub fn attention(
         window: sliding_window,
     };
     let mut out = ctx.empty(&[t, h * c], stored.dtype)?;
-    let plan = Plan::new(batch, &shape);
+    let plan = Plan::new(ctx, batch, &shape);
     let mut partials = plan.partials(ctx)?;
     ctx.record(|| {
         let work = batch.work(sliding_window);

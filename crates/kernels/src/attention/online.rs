@@ -115,9 +115,20 @@ fn partial_stride(shape: &Shape) -> usize {
     LANES + shape.value_width.next_multiple_of(LANES)
 }
 
+/// Spans that memory is kept for when a decode row sees `num_keys` tokens, at most the last `window`: at least those that it
+/// touches, and never fewer for a longer context, so that the longest one decides how much memory a step may need.
+fn reserved_spans(num_keys: usize, window: Option<usize>) -> usize {
+    let most = window.map_or(usize::MAX, |window| window.div_ceil(SPAN).saturating_add(1));
+    match num_keys.div_ceil(SPAN).min(most) {
+        1 => 0, // not split
+        spans => spans,
+    }
+}
+
 impl Plan {
-    /// Depends on the batch alone, so that `Meta` takes the same memory.
-    pub(crate) fn new(batch: &PagedBatch, shape: &Shape) -> Plan {
+    /// Depends on the batch alone, so that `Meta` takes the same memory; there the tasks, of which a long context has
+    /// many, are not listed.
+    pub(crate) fn new(ctx: &Ctx, batch: &PagedBatch, shape: &Shape) -> Plan {
         let mut plan = Plan { tasks: vec![], merges: vec![], partial_len: 0 };
         for (seq_idx, seq) in batch.seqs().iter().enumerate() {
             let num_items = seq.num_rows * shape.ratio;
@@ -127,16 +138,23 @@ impl Plan {
                 let spans = keys.start / SPAN..keys.end.div_ceil(SPAN);
                 // A decode row's spans are spread over threads; a prefill has tasks enough.
                 let split = seq.num_rows == 1 && spans.len() > 1;
+                let span_len = items.len() * partial_stride(shape);
+                let reserved = if seq.num_rows == 1 { reserved_spans(keys.end, shape.window) * span_len } else { 0 };
+                if ctx.is_meta() {
+                    plan.partial_len += reserved * shape.num_kv_heads;
+                    continue;
+                }
                 for kv_head in 0..shape.num_kv_heads {
+                    let partial0 = plan.partial_len;
+                    plan.partial_len += reserved;
                     let task = |spans, partial| Task { seq: seq_idx, kv_head, items: items.clone(), spans, partial };
                     if !split {
                         plan.tasks.push(task(spans.clone(), None));
                         continue;
                     }
-                    plan.merges.push(task(spans.clone(), Some(plan.partial_len)));
-                    for span in spans.clone() {
-                        plan.tasks.push(task(span..span + 1, Some(plan.partial_len)));
-                        plan.partial_len += items.len() * partial_stride(shape);
+                    plan.merges.push(task(spans.clone(), Some(partial0)));
+                    for (i, span) in spans.clone().enumerate() {
+                        plan.tasks.push(task(span..span + 1, Some(partial0 + i * span_len)));
                     }
                 }
             }

@@ -58,7 +58,7 @@ pub fn mla_attention(
         window: None,
     };
     let mut out = ctx.empty(&[t, h * l], dtype)?;
-    let plan = Plan::new(batch, &shape);
+    let plan = Plan::new(ctx, batch, &shape);
     let mut partials = plan.partials(ctx)?;
     ctx.record(|| {
         let work = batch.work(None);

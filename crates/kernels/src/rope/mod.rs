@@ -22,17 +22,22 @@ impl RopeTable {
     /// Angles for `rotary_dim` (even) columns and positions below `max_positions`; cos and sin carry YaRN's attention
     /// factor.
     pub fn new(rope: &Rope, rotary_dim: usize, max_positions: usize) -> Result<RopeTable, KernelError> {
-        let even = rotary_dim > 0 && rotary_dim.is_multiple_of(2);
-        require(even, "rope", "rotary_dim", || "positive and even".into(), || rotary_dim.to_string())?;
+        let meta = RopeTable::meta(rope, rotary_dim, max_positions)?;
         let (frequencies, factor) = (frequencies(rope, rotary_dim), rope.cos_sin_factor());
-        let half = rotary_dim / 2;
         let mut table = Vec::with_capacity(max_positions * rotary_dim);
         for position in 0..max_positions {
             let angles = || frequencies.iter().map(|f| f * position as f64);
             table.extend(angles().map(|a| (a.cos() * factor) as f32));
             table.extend(angles().map(|a| (a.sin() * factor) as f32));
         }
-        Ok(RopeTable { table, half, max_positions, interleaved: rope.interleaved })
+        Ok(RopeTable { table, ..meta })
+    }
+
+    /// The table without its angles, for ops on `Meta`.
+    pub fn meta(rope: &Rope, rotary_dim: usize, max_positions: usize) -> Result<RopeTable, KernelError> {
+        let even = rotary_dim > 0 && rotary_dim.is_multiple_of(2);
+        require(even, "rope", "rotary_dim", || "positive and even".into(), || rotary_dim.to_string())?;
+        Ok(RopeTable { table: Vec::new(), half: rotary_dim / 2, max_positions, interleaved: rope.interleaved })
     }
 
     /// Columns that are rotated.
@@ -45,9 +50,9 @@ impl RopeTable {
         self.max_positions
     }
 
-    /// Size in memory.
-    pub fn bytes(&self) -> moesaic_spec::Bytes {
-        moesaic_spec::Bytes(size_of_val(&self.table[..]) as u64)
+    /// Memory that one position takes in a table with angles.
+    pub fn position_bytes(&self) -> moesaic_spec::Bytes {
+        moesaic_spec::Bytes((2 * self.half * size_of::<f32>()) as u64)
     }
 
     /// Refuses positions beyond the table.
