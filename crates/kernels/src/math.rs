@@ -27,6 +27,18 @@ pub fn exp_f32(x: f32) -> f32 {
     if x >= EXP_MAX {
         return f32::INFINITY;
     }
+    exp_in_range(x)
+}
+
+/// `e^x` for `x` clamped to ±87, without a branch, so that loops over it become vector code. NaN counts as -87.
+#[inline(always)]
+pub(crate) fn exp_clamped(x: f32) -> f32 {
+    let x = if x > -EXP_MIN { -EXP_MIN } else { x };
+    exp_in_range(if x > EXP_MIN { x } else { EXP_MIN })
+}
+
+#[inline(always)]
+fn exp_in_range(x: f32) -> f32 {
     let t = x.mul_add(LOG2_E, ROUND);
     let n = t - ROUND;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
