@@ -1,13 +1,15 @@
 //! "Did you mean …?"
 
-/// The candidate spelled most like `name`; the first of equals.
+/// The candidate that `name` is the beginning of, or else the one spelled most like it; the first of equals.
 ///
 /// # Panics
 /// When there are no candidates, which would be our own mistake.
 pub(crate) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> &'a str {
     // Only the head of a very long name is compared, so that a hostile file costs nothing.
     let name: Vec<char> = name.chars().take(64).collect();
-    candidates.into_iter().min_by_key(|c| edit_distance(&name, c)).expect("there is always something to suggest")
+    let starts: String = name.iter().collect();
+    let unlike = |c: &&str| (starts.is_empty() || !c.starts_with(&starts), edit_distance(&name, c));
+    candidates.into_iter().min_by_key(unlike).expect("there is always something to suggest")
 }
 
 /// Levenshtein distance: insertions, deletions and replacements that turn `a` into `b`.
@@ -41,5 +43,6 @@ mod tests {
     #[test]
     fn nearest_finds_the_typo() {
         assert_eq!(nearest("hiden_size", ["vocab_size", "hidden_size", "head_dim"]), "hidden_size");
+        assert_eq!(nearest("qwen3", ["kimi-k2", "qwen3-30b-a3b"]), "qwen3-30b-a3b");
     }
 }
