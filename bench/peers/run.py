@@ -43,13 +43,14 @@ def prepare(args) -> tuple[Path, Path]:
 
 def measure_ours(args, model: Path, samples: Samples) -> None:
     report = args.work / "moesaic-latency.json"
-    for batch in args.batch_sizes:
-        command = [args.moesaic, "bench", "latency", "--model", model, "--input-len", args.input_len]
-        command += ["--output-len", args.output_len, "--batch-size", batch, "--json", report, *args.moesaic_arg]
-        run(command)
-        r = json.loads(report.read_text())
-        samples.setdefault((OURS, "prefill", batch), []).append(r["prefill_tokens_per_s"])
-        samples.setdefault((OURS, "decode", batch), []).append(r["decode_tokens_per_s"])
+    sizes = ",".join(str(batch) for batch in args.batch_sizes)
+    command = [args.moesaic, "bench", "latency", "--model", model, "--input-len", args.input_len]
+    command += ["--output-len", args.output_len, "--batch-size", sizes, "--num-threads", args.threads]
+    command += ["--json", report, *args.moesaic_arg]
+    run(command)
+    for r in json.loads(report.read_text())["results"]:
+        samples.setdefault((OURS, "prefill", r["batch_size"]), []).append(r["prefill_tokens_per_s"])
+        samples.setdefault((OURS, "decode", r["batch_size"]), []).append(r["decode_tokens_per_s"])
 
 
 def measure_llama(args, gguf: Path, samples: Samples) -> None:

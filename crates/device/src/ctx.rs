@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Instant;
 
 use moesaic_spec::{Bytes, DType};
 
@@ -16,13 +17,27 @@ pub enum Device {
     Meta,
 }
 
+/// Calls, and when each was recorded: before its work.
+#[derive(Default)]
+struct Log {
+    calls: Vec<OpCall>,
+    starts: Vec<Instant>,
+}
+
+impl Log {
+    fn push(&mut self, call: OpCall) {
+        self.calls.push(call);
+        self.starts.push(Instant::now());
+    }
+}
+
 /// One rank's device: the activation arena, the threads, the op log.
 pub struct Ctx {
     device: Device,
     arena: Arena,
     pool: Arc<Pool>,
     isa: Isa,
-    log: RefCell<Option<Vec<OpCall>>>,
+    log: RefCell<Option<Log>>,
 }
 
 impl Ctx {
@@ -45,7 +60,7 @@ impl Ctx {
             arena: Arena::meta("activation"),
             pool: Arc::new(Pool::new(1).expect("the caller's thread is there")),
             isa: Isa::Portable,
-            log: RefCell::new(Some(Vec::new())),
+            log: RefCell::new(Some(Log::default())),
         }
     }
 
@@ -93,7 +108,7 @@ impl Ctx {
 
     /// Starts an empty log.
     pub fn start_log(&self) {
-        *self.log.borrow_mut() = Some(Vec::new());
+        *self.log.borrow_mut() = Some(Log::default());
     }
 
     /// Ends logging.
@@ -103,7 +118,19 @@ impl Ctx {
 
     /// The calls since the log was started, and an end to logging (on `Meta`: a new empty log).
     pub fn take_log(&self) -> Vec<OpCall> {
-        let next = self.is_meta().then(Vec::new);
+        self.end_log().calls
+    }
+
+    /// The same with the seconds of each call: from its record to the next one's, or to now.
+    pub fn take_timed_log(&self) -> Vec<(OpCall, f64)> {
+        let mut log = self.end_log();
+        log.starts.push(Instant::now());
+        let seconds = log.starts.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64());
+        log.calls.into_iter().zip(seconds).collect()
+    }
+
+    fn end_log(&self) -> Log {
+        let next = self.is_meta().then(Log::default);
         std::mem::replace(&mut *self.log.borrow_mut(), next).unwrap_or_default()
     }
 }

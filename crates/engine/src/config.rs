@@ -41,7 +41,7 @@ impl Default for EngineConfig {
     fn default() -> EngineConfig {
         EngineConfig {
             max_num_seqs: 16,
-            max_num_batched_tokens: 512,
+            max_num_batched_tokens: 2048,
             max_model_len: None,
             max_num_waiting: 1024,
             block_size: 32,

@@ -256,7 +256,7 @@ fn prefill(contexts: &[Ctx]) {
     for dtype in [DType::BF16, DType::F8E4M3] {
         let arena = Arena::host("weights", Bytes(400 << 20)).expect("memory");
         let w = random_experts(ctx.pool(), &arena, 16, 1024, 2048, dtype);
-        for rows in [16, 32, 64, 128, 200] {
+        for rows in [16, 32, 48, 56, 64, 72, 80, 96, 128, 200] {
             let x = input(ctx, &[16 * rows, 1024], DType::BF16);
             let offsets: Vec<usize> = (0..=16).map(|e| e * rows).collect();
             let rows_of = RowsPerExpert::Known(&offsets);

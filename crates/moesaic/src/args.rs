@@ -130,7 +130,7 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Engine")]
     pub max_num_seqs: usize,
     /// Tokens of one step; longer prompts are cut into chunks.
-    #[arg(long, value_name = "N", default_value_t = 512, help_heading = "Engine")]
+    #[arg(long, value_name = "N", default_value_t = 2048, help_heading = "Engine")]
     pub max_num_batched_tokens: usize,
     /// Tokens of a KV block.
     #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Engine")]
@@ -374,6 +374,9 @@ pub(crate) struct BenchLatencyArgs {
     /// Measured rounds; one more is run first to warm up.
     #[arg(long, value_name = "N", default_value_t = 3, help_heading = "Workload")]
     pub num_iters: usize,
+    /// Show where the time goes, op by op, beside the least that each op could take.
+    #[arg(long, help_heading = "Output")]
+    pub by_op: bool,
 }
 
 #[derive(Args)]

@@ -1,11 +1,12 @@
 //! `moesaic bench`: how fast, and how near to what the machine can do.
 
-use std::collections::HashSet;
-use std::fs;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::time::Instant;
+use std::{fmt, fs};
 
 use anyhow::{Context, Result, ensure};
+use moesaic_device::OpCall;
 use moesaic_device::machine::{self, Machine};
 use moesaic_engine::{Ceilings, Engine, EngineConfig, Request, SamplingParams};
 use rand_chacha::ChaCha8Rng;
@@ -80,10 +81,12 @@ fn latency(args: &BenchLatencyArgs) -> Result<()> {
     let mut results = Vec::new();
     for &batch_size in &args.batch_size {
         let mut rounds = Vec::new();
+        let mut by_op = ByOp::default();
         for round in 0..=args.num_iters {
-            let measured = bench.round(&mut engine, &ceilings, batch_size, round as u64)?;
-            if round > 0 {
-                rounds.push(measured);
+            let measured = bench.round(&mut engine, &ceilings, batch_size, round as u64, &mut by_op)?;
+            match round {
+                0 => by_op = ByOp::default(),
+                _ => rounds.push(measured),
             }
         }
         let result = LatencyResult::of(batch_size, rounds, &ceilings);
@@ -98,9 +101,55 @@ fn latency(args: &BenchLatencyArgs) -> Result<()> {
             result.decode_roofline_share * 100.0,
             result.decode_bandwidth_share * 100.0,
         );
+        if args.by_op {
+            print!("{by_op}");
+        }
         results.push(result);
     }
     bench.report(ceilings, results)
+}
+
+/// Where the time of the measured rounds went.
+#[derive(Default)]
+struct ByOp {
+    prefill: OpTimes,
+    decode: OpTimes,
+}
+
+/// Seconds and least possible seconds by op, and the number of steps.
+#[derive(Default)]
+struct OpTimes {
+    steps: usize,
+    ops: BTreeMap<&'static str, (usize, f64, f64)>,
+}
+
+impl OpTimes {
+    fn add(&mut self, timed: &[(OpCall, f64)], ceilings: &Ceilings) {
+        self.steps += 1;
+        for (call, seconds) in timed {
+            let (calls, taken, floor) = self.ops.entry(call.op).or_default();
+            *calls += 1;
+            *taken += seconds;
+            *floor += ceilings.floor_s(std::slice::from_ref(call));
+        }
+    }
+}
+
+impl fmt::Display for ByOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, times) in [("prefill", &self.prefill), ("decode", &self.decode)] {
+            if times.steps == 0 {
+                continue;
+            }
+            let per_step_ms = 1e3 / times.steps as f64;
+            writeln!(f, "       {name:<16} calls   ms a step  least ms")?;
+            for (op, (calls, taken, floor)) in &times.ops {
+                let calls = calls / times.steps;
+                writeln!(f, "         {op:<14} {calls:>5} {:>11.3} {:>9.3}", taken * per_step_ms, floor * per_step_ms)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl LatencyResult {
@@ -217,7 +266,14 @@ impl<'a> Bench<'a> {
 
     /// All sequences at once. Steps that run prompts and steps in which the whole batch decodes are timed apart; those at
     /// the end, when some sequences are done, count for neither.
-    fn round(&self, engine: &mut Engine, ceilings: &Ceilings, batch_size: usize, round: u64) -> Result<LatencyRound> {
+    fn round(
+        &self,
+        engine: &mut Engine,
+        ceilings: &Ceilings,
+        batch_size: usize,
+        round: u64,
+        by_op: &mut ByOp,
+    ) -> Result<LatencyRound> {
         let mut measured = LatencyRound::default();
         let mut answered = HashSet::new();
         let start = Instant::now();
@@ -229,12 +285,15 @@ impl<'a> Bench<'a> {
             let step_start = Instant::now();
             let step = engine.step()?;
             let took = step_start.elapsed().as_secs_f64();
-            let calls = engine.rank().ctx().take_log();
+            let timed = engine.rank().ctx().take_timed_log();
+            let calls: Vec<OpCall> = timed.iter().map(|(call, _)| call.clone()).collect();
             if step.num_prefill_tokens > 0 {
+                by_op.prefill.add(&timed, ceilings);
                 measured.prefill_s += took;
                 measured.prefill_tokens += step.num_prefill_tokens;
                 measured.prefill_floor_s += ceilings.floor_s(&calls);
             } else if step.num_decode_tokens == batch_size {
+                by_op.decode.add(&timed, ceilings);
                 measured.decode_s += took;
                 measured.decode_steps += 1;
                 measured.decode_tokens += step.num_decode_tokens;
