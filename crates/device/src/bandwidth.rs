@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn a_bandwidth_is_measured() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(2).unwrap();
         let bandwidth = read_bandwidth(&pool, 64 << 20, Duration::from_millis(5)).unwrap();
         // Between a machine that swaps and one that does not exist.
         assert!((1e8..1e14).contains(&bandwidth), "{bandwidth} bytes/s");
@@ -162,7 +162,7 @@ mod tests {
     #[ignore = "takes a second and all cores; prints what `doctor` would"]
     fn print_the_bandwidth() {
         let start = Instant::now();
-        let bandwidth = measure_read_bandwidth(&Pool::new(crate::num_usable_cores())).unwrap();
+        let bandwidth = measure_read_bandwidth(&Pool::new(crate::num_usable_cores()).unwrap()).unwrap();
         println!("{:.1} GB/s in {:?}", bandwidth / 1e9, start.elapsed());
     }
 }

@@ -44,7 +44,7 @@ impl Ctx {
     /// The CPU with `num_threads` threads (the caller's included) and an arena of `activation_bytes`.
     pub fn cpu(num_threads: usize, activation_bytes: usize) -> Result<Ctx, DeviceError> {
         let arena = Arena::host("activation", Bytes(activation_bytes as u64))?;
-        Ok(Ctx::cpu_with(arena, Arc::new(Pool::new(num_threads)), Isa::from_env()?))
+        Ok(Ctx::cpu_with(arena, Arc::new(Pool::new(num_threads)?), Isa::from_env()?))
     }
 
     /// The CPU with threads that are shared, and a chosen instruction set (at most what the machine has).
@@ -58,7 +58,7 @@ impl Ctx {
         Ctx {
             device: Device::Meta,
             arena: Arena::meta("activation"),
-            pool: Arc::new(Pool::new(1)),
+            pool: Arc::new(Pool::new(1).expect("the caller's thread is there")),
             isa: Isa::Portable,
             log: RefCell::new(Some(Log::default())),
         }
@@ -109,6 +109,11 @@ impl Ctx {
     /// Starts an empty log.
     pub fn start_log(&self) {
         *self.log.borrow_mut() = Some(Log::default());
+    }
+
+    /// Ends logging.
+    pub fn stop_log(&self) {
+        *self.log.borrow_mut() = None;
     }
 
     /// The calls since the log was started, and an end to logging (on `Meta`: a new empty log).

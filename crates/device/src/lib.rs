@@ -58,20 +58,30 @@ pub enum DeviceError {
         in_use: Bytes,
     },
     /// The operating system refused memory.
-    #[error("the system refused {requested} of memory: {source}")]
+    #[error("the system refused {requested} of memory: {why}")]
     OutOfMemory {
         /// What was asked for.
         requested: Bytes,
         /// Why.
-        source: std::io::Error,
+        why: std::io::Error,
+    },
+    /// The operating system refused a thread.
+    #[error("the system refused thread {refused} of {asked} (--num-threads): {why}")]
+    Threads {
+        /// Which one, from 1.
+        refused: usize,
+        /// How many were to be.
+        asked: usize,
+        /// Why.
+        why: std::io::Error,
     },
     /// A file could not be mapped.
-    #[error("{path}: {source}")]
+    #[error("{path}: {why}")]
     File {
         /// Which file.
         path: std::path::PathBuf,
         /// Why.
-        source: std::io::Error,
+        why: std::io::Error,
     },
     /// An environment variable holds something that it cannot mean.
     #[error("{variable}={value}: expected {expected}")]

@@ -28,7 +28,7 @@ unsafe impl Sync for HostMemory {}
 impl HostMemory {
     /// Reserves `bytes`, rounded up to whole huge pages.
     pub fn new(bytes: usize) -> Result<HostMemory, DeviceError> {
-        let refused = |source| DeviceError::OutOfMemory { requested: Bytes(bytes as u64), source };
+        let refused = |why| DeviceError::OutOfMemory { requested: Bytes(bytes as u64), why };
         let bytes = bytes
             .max(1)
             .checked_next_multiple_of(HUGE_PAGE_BYTES)
@@ -108,7 +108,7 @@ unsafe impl Sync for FileMap {}
 impl FileMap {
     /// Maps all of a regular file.
     pub fn open(path: &Path) -> Result<FileMap, DeviceError> {
-        let failed = |source| DeviceError::File { path: path.to_path_buf(), source };
+        let failed = |why| DeviceError::File { path: path.to_path_buf(), why };
         let file = File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {

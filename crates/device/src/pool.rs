@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::DeviceError;
+
 /// What a task is told about itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Task {
@@ -63,7 +65,10 @@ pub struct Pool {
 
 impl Pool {
     /// `num_threads` counts the caller; 1 starts no thread.
-    pub fn new(num_threads: usize) -> Pool {
+    ///
+    /// # Errors
+    /// [`DeviceError::Threads`] when the system has no more of them; those that were started have ended then.
+    pub fn new(num_threads: usize) -> Result<Pool, DeviceError> {
         let shared = Arc::new(Shared {
             epoch: AtomicU64::new(0),
             door: AtomicUsize::new(CLOSED),
@@ -72,16 +77,16 @@ impl Pool {
             panic: Mutex::new(None),
             stop: AtomicBool::new(false),
         });
-        let workers = (1..num_threads.max(1))
-            .map(|thread| {
-                let shared = shared.clone();
-                std::thread::Builder::new()
-                    .name(format!("moesaic-{thread}"))
-                    .spawn(move || work(&shared, thread))
-                    .expect("the system starts a thread")
-            })
-            .collect();
-        Pool { shared, workers, turn: Mutex::new(()) }
+        let mut pool = Pool { shared, workers: Vec::new(), turn: Mutex::new(()) };
+        for thread in 1..num_threads.max(1) {
+            let shared = pool.shared.clone();
+            let started = std::thread::Builder::new()
+                .name(format!("moesaic-{thread}"))
+                .spawn(move || work(&shared, thread))
+                .map_err(|why| DeviceError::Threads { refused: thread + 1, asked: num_threads, why })?;
+            pool.workers.push(started);
+        }
+        Ok(pool)
     }
 
     /// Threads, the caller included.
@@ -187,7 +192,7 @@ mod tests {
     #[test]
     fn every_task_runs_once_in_every_region() {
         for num_threads in [1, 2, 5] {
-            let pool = Pool::new(num_threads);
+            let pool = Pool::new(num_threads).unwrap();
             for num_tasks in (0..50).chain([1000]) {
                 let counts: Vec<AtomicUsize> = (0..num_tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(num_tasks, &|task| {
@@ -201,7 +206,7 @@ mod tests {
 
     #[test]
     fn regions_after_a_sleep_still_run() {
-        let pool = Pool::new(3);
+        let pool = Pool::new(3).unwrap();
         for _ in 0..5 {
             std::thread::sleep(SPIN * 5);
             let sum = AtomicUsize::new(0);
@@ -214,7 +219,7 @@ mod tests {
 
     #[test]
     fn a_panic_in_a_task_comes_out_and_the_pool_lives() {
-        let pool = Pool::new(3);
+        let pool = Pool::new(3).unwrap();
         let result = catch_unwind(AssertUnwindSafe(|| pool.run(10, &|task| assert_ne!(task.idx, 7))));
         assert!(result.is_err());
         pool.run(10, &|_| {});

@@ -60,7 +60,7 @@ pub fn launch(
         kv_cache: config.kv_cache,
     })?;
 
-    let pool = Arc::new(Pool::new(num_threads));
+    let pool = Arc::new(Pool::new(num_threads)?);
     let weight_arena = Arena::host("weight", Bytes(ledger.weights_bytes))?;
     let kv_arena = Arena::host("kv", Bytes(ledger.kv_cache_bytes))?;
     let activation_arena = Arena::host("activation", Bytes(ledger.activations_bytes))?;
@@ -126,5 +126,5 @@ fn activation_bound(meta: &MetaModel, config: &EngineConfig, max_model_len: usiz
     }
     // One block a sequence: no activation depends on how the cache is cut, and a table of a long context is long.
     let block_size = max_model_len.next_multiple_of(8);
-    Ok(meta.trace(&shape, block_size, config.keep_logits)?.activation_bound)
+    Ok(meta.activation_bound(&shape, block_size, config.keep_logits)?)
 }

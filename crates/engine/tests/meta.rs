@@ -220,7 +220,7 @@ fn random_shape(rng: &mut ChaCha8Rng, config: &EngineConfig) -> Vec<SeqShape> {
 
 #[test]
 fn weights_take_the_memory_that_meta_counts() {
-    let pool = Arc::new(Pool::new(2));
+    let pool = Arc::new(Pool::new(2).unwrap());
     for name in golden_names() {
         let model = GoldenModel::open(&name);
         model.checkpoint.check(&model.spec).unwrap();

@@ -22,7 +22,7 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let wanted = |name: &str| args.first().is_none_or(|arg| arg == name);
     let threads = args.get(1).map_or(2, |arg| arg.parse().expect("a number of threads"));
-    let pool = Arc::new(Pool::new(threads));
+    let pool = Arc::new(Pool::new(threads).unwrap());
     let isas: Vec<Isa> = isa::ALL.into_iter().filter(|&isa| isa <= Isa::detect() && isa != Isa::Avx512Bf16).collect();
     let contexts: Vec<Ctx> = (isas.into_iter())
         .map(|isa| Ctx::cpu_with(Arena::host("activation", Bytes(64 << 20)).expect("memory"), pool.clone(), isa))

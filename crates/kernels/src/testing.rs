@@ -23,7 +23,7 @@ pub(crate) fn context(isa: Isa, num_threads: usize) -> Ctx {
     let mut all = arena.alloc(24 << 20).unwrap();
     all.bytes_mut().fill(0xff);
     drop(all);
-    Ctx::cpu_with(arena, std::sync::Arc::new(Pool::new(num_threads)), isa)
+    Ctx::cpu_with(arena, std::sync::Arc::new(Pool::new(num_threads).unwrap()), isa)
 }
 
 /// Numbers in `[-2, 2)`, the same for the same seed.

@@ -45,7 +45,7 @@ mod tests {
 
     #[test]
     fn one_bad_element_is_found_wherever_it_is() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(2).unwrap();
         let mut bytes = vec![0x3f; (CHUNK_BYTES * 2 + 6) & !3];
         for dtype in [DType::F32, DType::BF16, DType::F16, DType::F8E4M3] {
             assert_eq!(first_non_finite(&pool, &bytes, dtype), None, "{dtype}");

@@ -27,8 +27,6 @@ pub struct Trace {
     pub calls: Vec<OpCall>,
     /// Size of the activation arena that the step needs.
     pub activation_peak: Bytes,
-    /// Size at which it has room for every step that asks for the same tensors or smaller ones ([`Arena::sufficient`]).
-    pub activation_bound: Bytes,
 }
 
 /// A model without data: its weights are counted, and any step can be traced.
@@ -54,6 +52,25 @@ impl MetaModel {
     /// Runs one step on `Meta`, sampling included; `all_logits` asks for the logits of every row.
     pub fn trace(&self, shape: &[SeqShape], block_size: usize, all_logits: bool) -> Result<Trace, ModelError> {
         let ctx = Ctx::meta();
+        self.run(&ctx, shape, block_size, all_logits)?;
+        Ok(Trace { calls: ctx.take_log(), activation_peak: ctx.arena().peak() })
+    }
+
+    /// Size at which an activation arena has room for this step and for every other that asks for the same tensors or
+    /// smaller ones ([`Arena::sufficient`]). Ops are not counted, so the step may be larger than any machine's.
+    pub fn activation_bound(
+        &self,
+        shape: &[SeqShape],
+        block_size: usize,
+        all_logits: bool,
+    ) -> Result<Bytes, ModelError> {
+        let ctx = Ctx::meta();
+        ctx.stop_log();
+        self.run(&ctx, shape, block_size, all_logits)?;
+        Ok(ctx.arena().sufficient())
+    }
+
+    fn run(&self, ctx: &Ctx, shape: &[SeqShape], block_size: usize, all_logits: bool) -> Result<(), ModelError> {
         let mut num_blocks = 0;
         let mut row0 = 0;
         let mut sampled_rows = Vec::new();
@@ -83,18 +100,13 @@ impl MetaModel {
             batch: PagedBatch::new(block_size, seqs)?,
             logit_rows: if all_logits { &all_rows } else { &sampled_rows },
         };
-        let mut logits = self.transformer.forward(&ctx, &input, &mut kv)?;
+        let mut logits = self.transformer.forward(ctx, &input, &mut kv)?;
         if all_logits {
-            logits = gather_rows(&ctx, &logits, &sampled_rows)?;
+            logits = gather_rows(ctx, &logits, &sampled_rows)?;
         }
         let params = SamplingParams::default();
         let request = SampleRequest { params: &params, prompt: &[], generated: &[] };
-        sample(&ctx, &logits, &vec![request; sampled_rows.len()])?;
-        drop(logits);
-        Ok(Trace {
-            calls: ctx.take_log(),
-            activation_peak: ctx.arena().peak(),
-            activation_bound: ctx.arena().sufficient(),
-        })
+        sample(ctx, &logits, &vec![request; sampled_rows.len()])?;
+        Ok(())
     }
 }

@@ -167,11 +167,15 @@ impl EngineArgs {
             ("--max-num-seqs", Some(self.max_num_seqs), 1 << 16),
             ("--max-num-batched-tokens", Some(self.max_num_batched_tokens), 1 << 20),
             ("--num-threads", self.num_threads, 1024),
-            ("--block-size", Some(self.block_size), 1024),
         ] {
             let value = value.unwrap_or(1);
             anyhow::ensure!((1..=most).contains(&value), "{flag} is {value}; 1 to {most} is right");
         }
+        let block_size = self.block_size;
+        anyhow::ensure!(
+            (8..=1024).contains(&block_size) && block_size.is_multiple_of(8),
+            "--block-size is {block_size}; a multiple of 8 from 8 to 1024 is right"
+        );
         Ok(EngineConfig {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,

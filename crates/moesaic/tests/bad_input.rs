@@ -491,6 +491,36 @@ fn contexts_that_nothing_can_hold() {
     moesaic_within(TWO_GIB, &bench).refused(&[]);
 }
 
+/// All sizes at their largest, which no machine word holds the products of.
+#[test]
+fn the_largest_sizes_that_a_config_may_have() {
+    let model = Model::single();
+    for (field, value) in [
+        ("vocab_size", 1 << 24),
+        ("hidden_size", 1 << 18),
+        ("num_hidden_layers", 8),
+        ("num_attention_heads", 4096),
+        ("num_key_value_heads", 4096),
+        ("head_dim", 4096),
+        ("num_experts", 4096),
+        ("moe_intermediate_size", 1 << 20),
+        ("max_position_embeddings", 1 << 27),
+    ] {
+        model.config(field, json!(value));
+    }
+    let long = (1usize << 27).to_string();
+    let most = ["--max-model-len", &long, "--max-num-seqs", "65536", "--max-num-batched-tokens", "1048576"];
+    let ran = model.generate_with(&[&most[..], &["--load-format", "dummy"]].concat());
+    ran.refused(&["cannot fit: weights", "may be used"]);
+}
+
+#[test]
+fn more_threads_than_the_system_gives() {
+    // Each has a stack, so the address space is full before all have started.
+    let args = ["generate", "--prompt", "x", "-n", "2", "--num-threads", "1024"];
+    moesaic_within(TWO_GIB / 2, &args).refused(&["the system refused thread", "of 1024 (--num-threads)"]);
+}
+
 #[test]
 fn a_tokenizer_of_another_model() {
     let model = Model::single();
@@ -539,7 +569,8 @@ fn settings_out_of_range() {
         ("--max-num-seqs", "0", &["--max-num-seqs is 0"]),
         ("--num-threads", "0", &["--num-threads is 0"]),
         ("--num-threads", "1000000", &["--num-threads is 1000000"]),
-        ("--block-size", "7", &["block", "7", "multiple of 8"]),
+        ("--block-size", "7", &["--block-size is 7", "a multiple of 8 from 8 to 1024"]),
+        ("--block-size", "0", &["--block-size is 0"]),
         ("--memory-utilization", "0", &["--memory-utilization is 0", "at most 1"]),
         ("--memory-utilization", "nan", &["--memory-utilization is NaN"]),
         ("--moe-expert-capacity-factor", "0", &["--moe-expert-capacity-factor is 0"]),

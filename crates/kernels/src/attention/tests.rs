@@ -24,7 +24,7 @@ impl Numbers {
 }
 
 pub(crate) fn ctx(isa: Isa, num_threads: usize) -> Ctx {
-    Ctx::cpu_with(Arena::host("activation", Bytes(64 << 20)).unwrap(), Arc::new(Pool::new(num_threads)), isa)
+    Ctx::cpu_with(Arena::host("activation", Bytes(64 << 20)).unwrap(), Arc::new(Pool::new(num_threads).unwrap()), isa)
 }
 
 pub(crate) fn isas() -> Vec<Isa> {

@@ -12,7 +12,7 @@ fn random_experts(
     dtype: DType,
     activation: Activation,
 ) -> ExpertWeights {
-    let pool = Pool::new(1);
+    let pool = Pool::new(1).unwrap();
     let mut pack = |rows: usize, cols: usize, pack: &mut dyn FnMut(&SourceMatrix)| {
         let bytes = random.bytes(rows * cols, dtype);
         let blocks = rows.div_ceil(128) * cols.div_ceil(128);
@@ -77,7 +77,7 @@ fn a_fused_source_is_gate_then_up() {
     let (d, f) = (40, 21);
     let bytes = random.bytes(2 * f * d, DType::BF16);
     let (gate, up) = bytes.split_at(f * d * 2);
-    let pool = Pool::new(2);
+    let pool = Pool::new(2).unwrap();
     let empty = || ExpertWeight::empty(&arena(), d, f, DType::BF16, Activation::SwiGlu).unwrap();
     let (mut fused, mut parts) = (empty(), empty());
     fused.pack_gate_up(&pool, &SourceMatrix::new(&bytes, DType::BF16, 2 * f, d)).unwrap();

@@ -100,7 +100,7 @@ fn meta_records_what_a_real_run_records() {
     let (w, x) = (random.matrix(33, 50, DType::BF16), random.tensor(&[4, 50], DType::BF16));
     let cpu = Ctx::cpu_with(
         moesaic_device::Arena::host("activation", moesaic_spec::Bytes(1 << 20)).unwrap(),
-        std::sync::Arc::new(moesaic_device::Pool::new(2)),
+        std::sync::Arc::new(moesaic_device::Pool::new(2).unwrap()),
         Isa::Portable,
     );
     cpu.start_log();

@@ -65,7 +65,7 @@ impl Random {
         if dtype == DType::F8E4M3 {
             src.scales = Some(BlockScales { factors: &factors, block: [128, 128] });
         }
-        w.pack_rows(&Pool::new(1), 0, &src).unwrap();
+        w.pack_rows(&Pool::new(1).unwrap(), 0, &src).unwrap();
         w
     }
 }
@@ -86,7 +86,7 @@ pub(crate) fn tensor(dims: &[usize], dtype: DType, bytes: &[u8]) -> Tensor {
 /// A context of two threads for every instruction set that this machine has, best last.
 pub(crate) fn contexts() -> Vec<Ctx> {
     static POOL: OnceLock<Arc<Pool>> = OnceLock::new();
-    let pool = POOL.get_or_init(|| Arc::new(Pool::new(2)));
+    let pool = POOL.get_or_init(|| Arc::new(Pool::new(2).unwrap()));
     let usable = isa::ALL.into_iter().filter(|&isa| isa <= Isa::detect());
     usable.map(|isa| Ctx::cpu_with(arena(), pool.clone(), isa)).collect()
 }

@@ -24,7 +24,7 @@ fn element(src: &SourceMatrix, row: usize, col: usize) -> f32 {
 #[test]
 fn what_is_packed_is_read_back() {
     let mut random = Random::new(1);
-    let pool = Pool::new(2);
+    let pool = Pool::new(2).unwrap();
     let from = [DType::F32, DType::BF16, DType::F16, DType::F8E4M3];
     for i in 0..120 {
         let dtype = from[i % 4];
@@ -77,7 +77,7 @@ fn rounding_is_to_nearest_even_and_keeps_nan() {
 
 #[test]
 fn what_cannot_be_packed_is_refused() {
-    let pool = Pool::new(1);
+    let pool = Pool::new(1).unwrap();
     let mut w = PackedMatrix::empty(&arena(), 20, 10, DType::F8E4M3).unwrap();
     let bytes = vec![0u8; 20 * 10];
     let plain = SourceMatrix::new(&bytes, DType::F8E4M3, 20, 10);

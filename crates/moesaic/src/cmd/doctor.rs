@@ -9,7 +9,7 @@ use crate::args::DoctorArgs;
 pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     let machine = Machine::detect();
     let num_cores = machine::num_usable_cores();
-    let bytes_per_s = measure_read_bandwidth(&Pool::new(num_cores))?;
+    let bytes_per_s = measure_read_bandwidth(&Pool::new(num_cores)?)?;
     if args.json {
         let mut json = serde_json::to_value(&machine)?;
         json["read_bandwidth_bytes_per_s"] = serde_json::json!(bytes_per_s);
