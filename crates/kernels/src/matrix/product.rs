@@ -353,6 +353,8 @@ unsafe fn amx_rows(block: amx::Block, rows: usize, count: usize, configured: &mu
                 *configured = tiles;
             }
             match (num > 16, count) {
+                // The first rows bring a pair of panels from memory, the others find it in the caches.
+                (true, 2) if first == 0 => amx::rows32_panel2_stream(block),
                 (true, 2) => amx::rows32_panel2(block),
                 (true, _) => amx::rows32_panel1(block),
                 (false, 2) => amx::rows16_panel2(block),
