@@ -10,7 +10,7 @@
 //! | `requests` | `[S]` | |
 //! | out | `[S]` ([`Sampled`]), none on `Meta` | |
 //!
-//! A draw is one number of [`philox`](crate::philox) under the request's seed, counted by the tokens that the request has
+//! A draw is one number of [`philox`] under the request's seed, counted by the tokens that the request has
 //! generated, so a token depends on its own row and request only: never on the batch, the threads or the instruction set.
 //! Ties go to the lower token id everywhere: top-k keeps exactly k tokens.
 //!
