@@ -70,78 +70,6 @@ macro_rules! prefetch_tile {
     };
 }
 
-/// Sixteen lines, two tiles ahead of a register.
-macro_rules! prefetch_ahead {
-    ($hint:literal, $reg:literal) => {
-        concat!(
-            $hint,
-            " [{",
-            $reg,
-            "}+2048]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2112]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2176]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2240]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2304]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2368]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2432]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2496]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2560]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2624]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2688]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2752]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2816]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2880]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+2944]\n",
-            $hint,
-            " [{",
-            $reg,
-            "}+3008]\n"
-        )
-    };
-}
-
 /// How far ahead of the loads the prefetches of streamed weights are, in bytes. From 1 to 3 KiB there is little difference;
 /// 8 KiB lose an eighth of the bandwidth.
 const PREFETCH_BYTES: usize = 2048;
@@ -284,6 +212,8 @@ macro_rules! rows32_panel2 {
                     "add {y}, 64",
                     "add {w}, 1024",
                     "add {v}, 1024",
+                    "add {p}, 1024",
+                    "add {q}, 1024",
                     "dec {n}",
                     "jnz 2b",
                     "tilestored [{c} + {cs}*1], tmm0",
@@ -292,7 +222,8 @@ macro_rules! rows32_panel2 {
                     "tilestored [{d} + {cs}*1 + 64], tmm3",
                     x = inout(reg) x => _, y = inout(reg) x.add(16 * x_stride) => _, xs = in(reg) x_stride,
                     w = inout(reg) w => _, v = inout(reg) w.add(panel_bytes) => _, ws = in(reg) 64usize,
-                    n = inout(reg) num_tiles => _,
+                    p = inout(reg) w.wrapping_add(PREFETCH_BYTES) => _,
+                    q = inout(reg) w.wrapping_add(panel_bytes + PREFETCH_BYTES) => _, n = inout(reg) num_tiles => _,
                     c = in(reg) c, d = in(reg) c.cast::<u8>().add(16 * c_stride), cs = in(reg) c_stride,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _, options(nostack)
@@ -309,5 +240,5 @@ rows32_panel2!(
 rows32_panel2!(
     /// The same with W coming from memory: prefetches [`PREFETCH_BYTES`] ahead in both panels.
     rows32_panel2_stream,
-    concat!(prefetch_ahead!("prefetcht0", "w"), prefetch_ahead!("prefetcht0", "v"))
+    concat!(prefetch_tile!("prefetcht0", "p"), prefetch_tile!("prefetcht0", "q"))
 );
