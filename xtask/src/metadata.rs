@@ -38,7 +38,7 @@ pub(crate) struct Crate {
 /// A member or a dependency.
 #[derive(Debug)]
 pub(crate) struct Package {
-    /// As on crates.io.
+    /// As published.
     pub name: String,
     /// Version.
     pub version: String,

@@ -90,6 +90,32 @@ pub(crate) fn read_trunk(f: &Fields, defaults: &Defaults) -> Result<Trunk, SpecE
     })
 }
 
+/// A description of what was read, without multi-token-prediction layers.
+pub(crate) fn assemble(
+    f: &Fields,
+    family: Family,
+    trunk: Trunk,
+    attention: Attention,
+    rope: Rope,
+    layers: Vec<Ffn>,
+) -> Result<ModelSpec, SpecError> {
+    let (dtype, fp8_block) = read_dtype(f)?;
+    Ok(ModelSpec {
+        family,
+        vocab_size: trunk.vocab_size,
+        hidden_size: trunk.hidden_size,
+        max_position_embeddings: trunk.max_position_embeddings,
+        rms_norm_eps: trunk.rms_norm_eps,
+        tie_word_embeddings: trunk.tie_word_embeddings,
+        attention,
+        rope,
+        layers,
+        dtype,
+        fp8_block,
+        num_mtp_layers: 0,
+    })
+}
+
 /// Key/value heads that divide the query heads.
 pub(crate) fn read_kv_heads(f: &Fields, num_heads: usize, default: usize) -> Result<usize, SpecError> {
     let num_kv_heads = f.size("num_key_value_heads", Some(default), limits::HEADS)?;

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::common::{self, Defaults, limits};
 use super::fields::Fields;
-use super::{Activation, Attention, Family, Ffn, Gqa, ModelSpec, Moe, QkNorm, Router, Scoring};
+use super::{Activation, Attention, Family, Ffn, Gqa, ModelSpec, Moe, QkNorm, Router};
 use crate::SpecError;
 
 const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-5, max_position_embeddings: 131072, rope_theta: 1e6 };
@@ -29,34 +29,14 @@ pub(crate) fn read(f: &Fields) -> Result<ModelSpec, SpecError> {
         top_k: common::read_top_k(f, experts_key, num_experts)?,
         intermediate_size: f.size("intermediate_size", None, limits::INTERMEDIATE)?,
         activation: Activation::SwiGlu,
-        router: Router {
-            scoring: Scoring::Softmax,
-            norm_topk_prob: true,
-            correction_bias: false,
-            n_group: 1,
-            topk_group: 1,
-            routed_scaling_factor: 1.0,
-        },
+        router: Router::softmax(true),
         shared_intermediate_size: 0,
         capacity: None,
     };
     let layers = vec![Ffn::Moe(moe); trunk.num_layers];
     common::check_experts_in_all(f, experts_key, &layers)?;
-    let (dtype, fp8_block) = common::read_dtype(f)?;
-    Ok(ModelSpec {
-        family: Family::Mixtral,
-        vocab_size: trunk.vocab_size,
-        hidden_size: trunk.hidden_size,
-        max_position_embeddings: trunk.max_position_embeddings,
-        rms_norm_eps: trunk.rms_norm_eps,
-        tie_word_embeddings: trunk.tie_word_embeddings,
-        attention: Attention::Gqa(attention),
-        rope: common::read_rope(f, DEFAULTS.rope_theta, trunk.max_position_embeddings, false)?,
-        layers,
-        dtype,
-        fp8_block,
-        num_mtp_layers: 0,
-    })
+    let rope = common::read_rope(f, DEFAULTS.rope_theta, trunk.max_position_embeddings, false)?;
+    common::assemble(f, Family::Mixtral, trunk, Attention::Gqa(attention), rope, layers)
 }
 
 pub(crate) fn write(spec: &ModelSpec) -> Map<String, Value> {

@@ -368,6 +368,20 @@ pub struct Router {
     pub routed_scaling_factor: f32,
 }
 
+impl Router {
+    /// The plain one: a softmax over all experts, the weights renormalised or not.
+    pub const fn softmax(norm_topk_prob: bool) -> Router {
+        Router {
+            scoring: Scoring::Softmax,
+            norm_topk_prob,
+            correction_bias: false,
+            n_group: 1,
+            topk_group: 1,
+            routed_scaling_factor: 1.0,
+        }
+    }
+}
+
 /// Logits to scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scoring {

@@ -10,9 +10,7 @@ use serde_json::{Map, Value, json};
 use super::common::{self, Defaults, Trunk, limits};
 use super::deepseek_v3::read_mla;
 use super::fields::{Fields, shorten};
-use super::{
-    Activation, Attention, Capacity, DropPolicy, Family, Ffn, Gqa, Mlp, ModelSpec, Moe, QkNorm, Router, Scoring,
-};
+use super::{Activation, Attention, Capacity, DropPolicy, Family, Ffn, Gqa, Mlp, ModelSpec, Moe, QkNorm, Router};
 use crate::nearest::nearest;
 use crate::{DType, SpecError};
 
@@ -146,14 +144,7 @@ fn read_moe(f: &Fields) -> Result<Moe, SpecError> {
         top_k: common::read_top_k(f, "num_experts", num_experts)?,
         intermediate_size: f.size("moe_intermediate_size", None, limits::INTERMEDIATE)?,
         activation,
-        router: Router {
-            scoring: Scoring::Softmax,
-            norm_topk_prob: f.flag("norm_topk_prob", true)?,
-            correction_bias: false,
-            n_group: 1,
-            topk_group: 1,
-            routed_scaling_factor: 1.0,
-        },
+        router: Router::softmax(f.flag("norm_topk_prob", true)?),
         shared_intermediate_size: 0,
         capacity: factor.map(|factor| Capacity { factor: factor as f32, policy }),
     })

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::common::{self, Defaults, limits};
 use super::fields::{Fields, show};
-use super::{Activation, Attention, Family, Ffn, Gqa, Mlp, ModelSpec, Moe, QkNorm, Router, Scoring};
+use super::{Activation, Attention, Family, Ffn, Gqa, Mlp, ModelSpec, Moe, QkNorm, Router};
 use crate::SpecError;
 
 const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, max_position_embeddings: 32768, rope_theta: 1e4 };
@@ -24,21 +24,8 @@ pub(crate) fn read(f: &Fields) -> Result<ModelSpec, SpecError> {
     let experts_key = if f.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
     let layers = read_layers(f, trunk.num_layers, experts_key)?;
     common::check_experts_in_all(f, experts_key, &layers)?;
-    let (dtype, fp8_block) = common::read_dtype(f)?;
-    Ok(ModelSpec {
-        family: Family::Qwen3Moe,
-        vocab_size: trunk.vocab_size,
-        hidden_size: trunk.hidden_size,
-        max_position_embeddings: trunk.max_position_embeddings,
-        rms_norm_eps: trunk.rms_norm_eps,
-        tie_word_embeddings: trunk.tie_word_embeddings,
-        attention: Attention::Gqa(attention),
-        rope: common::read_rope(f, DEFAULTS.rope_theta, trunk.max_position_embeddings, false)?,
-        layers,
-        dtype,
-        fp8_block,
-        num_mtp_layers: 0,
-    })
+    let rope = common::read_rope(f, DEFAULTS.rope_theta, trunk.max_position_embeddings, false)?;
+    common::assemble(f, Family::Qwen3Moe, trunk, Attention::Gqa(attention), rope, layers)
 }
 
 /// `sliding_window` counts only where `use_sliding_window` says so.
@@ -70,14 +57,7 @@ fn read_layers(f: &Fields, num_layers: usize, experts_key: &str) -> Result<Vec<F
             top_k: common::read_top_k(f, experts_key, num_experts)?,
             intermediate_size: f.size("moe_intermediate_size", None, limits::INTERMEDIATE)?,
             activation: Activation::SwiGlu,
-            router: Router {
-                scoring: Scoring::Softmax,
-                norm_topk_prob: f.flag("norm_topk_prob", false)?,
-                correction_bias: false,
-                n_group: 1,
-                topk_group: 1,
-                routed_scaling_factor: 1.0,
-            },
+            router: Router::softmax(f.flag("norm_topk_prob", false)?),
             shared_intermediate_size: 0,
             capacity: None,
         }))
