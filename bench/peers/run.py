@@ -154,7 +154,10 @@ def main() -> None:
 
     print(f"\ninput {args.input_len}, output {args.output_len}, {args.threads} threads, {args.rounds} rounds\n")
     print(table(samples, args.batch_sizes))
+    commit = run(["git", "-C", HERE, "rev-parse", "HEAD"]).strip()
     result = {
+        "commit": commit,
+        "command": "bench/peers/run.py " + " ".join(a for a in sys.argv[1:] if not a.startswith("/")),
         "cpu": cpu_model(),
         "versions": versions,
         "threads": args.threads,
