@@ -35,6 +35,8 @@ pub(crate) const SPAN: usize = 512;
 const MAX_ITEMS: usize = 64;
 /// From so many query rows on, tiles pay.
 const MIN_ITEMS_AMX: usize = 6;
+/// Up to so many query rows, work on a chunk is so short that the next one should be on its way by then.
+const MAX_ITEMS_PREFETCH: usize = 16;
 /// Tiles of tokens in a chunk.
 pub(crate) const TILES: usize = CHUNK / TILE_TOKENS;
 /// Vectors of scores in a chunk.
@@ -86,6 +88,9 @@ pub(crate) trait Problem: Sync {
     /// # Safety
     /// The keys are within the sequence's context, `pack` has `pack_bytes`.
     unsafe fn chunk(&self, seq: &PagedSeq, kv_head: usize, key0: usize, num_keys: usize, pack: *mut u8) -> Chunk;
+
+    /// Asks the memory for keys that [`Problem::chunk`] will find soon.
+    fn prefetch(&self, _seq: &PagedSeq, _kv_head: usize, _key0: usize, _num_keys: usize) {}
 
     /// Where a result row of `value_width` elements goes.
     fn out(&self, row: usize, head: usize) -> *mut u8;
@@ -366,14 +371,21 @@ unsafe fn attend<L: Lanes, P: Problem>(p: &P, seq: &PagedSeq, task: &Task, memor
             state.values.write_bytes(0, rows * value_pad);
             let start = (span * SPAN).max(keys.start / CHUNK * CHUNK);
             let end = keys.end.min((span + 1) * SPAN);
+            if n <= MAX_ITEMS_PREFETCH {
+                p.prefetch(seq, task.kv_head, start, CHUNK.min(end - start));
+            }
             for key0 in (start..end).step_by(CHUNK) {
                 let num_keys = CHUNK.min(end - key0);
+                let next = key0 + CHUNK;
+                if n <= MAX_ITEMS_PREFETCH && next < end {
+                    p.prefetch(seq, task.kv_head, next, CHUNK.min(end - next));
+                }
                 let chunk = p.chunk(seq, task.kv_head, key0, num_keys, pack);
                 let seen = Seen { ends, key0, window: shape.window.unwrap_or(usize::MAX) };
                 #[cfg(target_arch = "x86_64")]
                 if let Some(tiles) = &tiles {
                     tiles.pack(&chunk, &shape, num_keys);
-                    tiles.score();
+                    tiles.score(num_keys);
                     for i0 in (0..n).step_by(LANES) {
                         softmax::<L>(scores, i0..n.min(i0 + LANES), seen, &shape, state, value_pad, |i, p| {
                             for (j, p) in p.into_iter().enumerate() {
