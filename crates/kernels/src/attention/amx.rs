@@ -112,15 +112,15 @@ impl Tiles {
         }
     }
 
-    /// `scores = queries · keysᵀ`
+    /// `scores = queries · keysᵀ` for `num_keys` keys (rounded up to two tiles)
     ///
     /// # Safety
     /// Tiles are configured; `pack` has run.
     #[inline(always)]
-    pub(super) unsafe fn score(&self) {
+    pub(super) unsafe fn score(&self, num_keys: usize) {
         let steps = self.key_pad / 32;
         for row in (0..self.rows).step_by(32) {
-            for v in (0..CHUNK / 16).step_by(2) {
+            for v in (0..num_keys.div_ceil(16)).step_by(2) {
                 // SAFETY: the caller's promise; all rows and tiles are inside.
                 unsafe {
                     let product = Product {

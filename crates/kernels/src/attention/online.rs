@@ -35,6 +35,8 @@ pub(crate) const SPAN: usize = 512;
 const MAX_ITEMS: usize = 64;
 /// From so many query rows on, tiles pay.
 const MIN_ITEMS_AMX: usize = 6;
+/// Up to so many query rows, work on a chunk is so short that the next one should be on its way by then.
+const MAX_ITEMS_PREFETCH: usize = 16;
 /// Tiles of tokens in a chunk.
 pub(crate) const TILES: usize = CHUNK / TILE_TOKENS;
 /// Vectors of scores in a chunk.
@@ -86,6 +88,9 @@ pub(crate) trait Problem: Sync {
     /// # Safety
     /// The keys are within the sequence's context, `pack` has `pack_bytes`.
     unsafe fn chunk(&self, seq: &PagedSeq, kv_head: usize, key0: usize, num_keys: usize, pack: *mut u8) -> Chunk;
+
+    /// Asks the memory for keys that [`Problem::chunk`] will find soon.
+    fn prefetch(&self, _seq: &PagedSeq, _kv_head: usize, _key0: usize, _num_keys: usize) {}
 
     /// Where a result row of `value_width` elements goes.
     fn out(&self, row: usize, head: usize) -> *mut u8;
@@ -272,7 +277,7 @@ impl Pieces {
 /// The running softmax of a task's rows.
 #[derive(Clone, Copy)]
 struct State {
-    /// `[items]`
+    /// `[items]`, padded to whole vectors.
     max: *mut f32,
     /// `[items, 16]`, one partial sum a lane.
     sums: *mut f32,
@@ -292,7 +297,7 @@ unsafe fn attend<L: Lanes, P: Problem>(p: &P, seq: &PagedSeq, task: &Task, memor
     let value_pad = shape.value_width.next_multiple_of(LANES);
     let key_pad = if amx { shape.key_width.next_multiple_of(32) } else { shape.key_width };
     let keys = visible(seq, &task.items, &shape);
-    let f32_len = rows * (key_pad + CHUNK + 1 + LANES + value_pad * 2 + 2);
+    let f32_len = rows * (key_pad + CHUNK + 1 + LANES + value_pad * 2 + 4);
     let tile_bytes = if amx { CHUNK * 2 * (key_pad + value_pad) + rows * CHUNK * 2 } else { 0 };
     let total = f32_len * 4 + tile_bytes + shape.pack_bytes + 16 * 64;
 
@@ -303,7 +308,8 @@ unsafe fn attend<L: Lanes, P: Problem>(p: &P, seq: &PagedSeq, task: &Task, memor
     let mut pieces = Pieces { next: scratch.as_mut_ptr().cast(), left: scratch.len() * 64 };
     let queries: *mut u8 = pieces.take(rows * key_pad * 4);
     let scores: *mut f32 = pieces.take(rows * CHUNK);
-    let state = State { max: pieces.take(n), sums: pieces.take(n * LANES), values: pieces.take(rows * value_pad) };
+    let state = State { max: pieces.take(rows), sums: pieces.take(n * LANES), values: pieces.take(rows * value_pad) };
+    let ends: *mut usize = pieces.take(n); // position of each row's last visible key, and one
     let pack: *mut u8 = pieces.take(shape.pack_bytes);
     let several = task.spans.len() > 1;
     let (total_max, total_sum, total_values): (*mut f32, *mut f32, *mut f32) = if several {
@@ -337,6 +343,7 @@ unsafe fn attend<L: Lanes, P: Problem>(p: &P, seq: &PagedSeq, task: &Task, memor
         });
         for i in 0..n {
             let (row, head) = item(i);
+            ends.add(i).write(seq.first_position() + (row - seq.row0) + 1);
             if amx {
                 p.query(row, head, queries.add(i * key_pad * 2));
             } else if bf16 {
@@ -357,43 +364,46 @@ unsafe fn attend<L: Lanes, P: Problem>(p: &P, seq: &PagedSeq, task: &Task, memor
             }
         }
         for span in task.spans.clone() {
-            for i in 0..n {
+            for i in 0..rows {
                 state.max.add(i).write(NONE_YET);
             }
             state.sums.write_bytes(0, n * LANES);
             state.values.write_bytes(0, rows * value_pad);
             let start = (span * SPAN).max(keys.start / CHUNK * CHUNK);
             let end = keys.end.min((span + 1) * SPAN);
+            if n <= MAX_ITEMS_PREFETCH {
+                p.prefetch(seq, task.kv_head, start, CHUNK.min(end - start));
+            }
             for key0 in (start..end).step_by(CHUNK) {
                 let num_keys = CHUNK.min(end - key0);
+                let next = key0 + CHUNK;
+                if n <= MAX_ITEMS_PREFETCH && next < end {
+                    p.prefetch(seq, task.kv_head, next, CHUNK.min(end - next));
+                }
                 let chunk = p.chunk(seq, task.kv_head, key0, num_keys, pack);
-                // Which of the chunk's keys a row sees.
-                let seen = |i: usize| {
-                    let end = seq.first_position() + (task.items.start + i) / shape.ratio + 1;
-                    let start = end.saturating_sub(shape.window.unwrap_or(usize::MAX));
-                    let to = end.saturating_sub(key0).min(CHUNK);
-                    (start.saturating_sub(key0).min(to), to)
-                };
+                let seen = Seen { ends, key0, window: shape.window.unwrap_or(usize::MAX) };
                 #[cfg(target_arch = "x86_64")]
                 if let Some(tiles) = &tiles {
                     tiles.pack(&chunk, &shape, num_keys);
-                    tiles.score();
-                    for i in 0..n {
-                        let p = softmax::<L>(scores.add(i * CHUNK), seen(i), &shape, state, i, value_pad);
-                        for (j, p) in p.into_iter().enumerate() {
-                            p.store_upper_part(tiles.weights.add(i * CHUNK + j * LANES), LANES);
-                        }
+                    tiles.score(num_keys);
+                    for i0 in (0..n).step_by(LANES) {
+                        softmax::<L>(scores, i0..n.min(i0 + LANES), seen, &shape, state, value_pad, |i, p| {
+                            for (j, p) in p.into_iter().enumerate() {
+                                p.store_upper_part(tiles.weights.add(i * CHUNK + j * LANES), LANES);
+                            }
+                        });
                     }
                     tiles.weigh(num_keys);
                     continue;
                 }
                 let queries: *const f32 = queries.cast();
                 products::score::<L>(queries, n, key_pad, &chunk, bf16, num_keys, scores);
-                for i in 0..n {
-                    let p = softmax::<L>(scores.add(i * CHUNK), seen(i), &shape, state, i, value_pad);
-                    for (j, p) in p.into_iter().enumerate() {
-                        p.store(scores.add(i * CHUNK + j * LANES));
-                    }
+                for i0 in (0..n).step_by(LANES) {
+                    softmax::<L>(scores, i0..n.min(i0 + LANES), seen, &shape, state, value_pad, |i, p| {
+                        for (j, p) in p.into_iter().enumerate() {
+                            p.store(scores.add(i * CHUNK + j * LANES));
+                        }
+                    });
                 }
                 products::weigh::<L>(scores, n, &chunk, &shape, num_keys, state.values, value_pad);
             }
@@ -501,28 +511,38 @@ unsafe fn finish<L: Lanes>(values: *const f32, sum: f32, shape: &Shape, out: *mu
     }
 }
 
-/// One row's step of the online softmax: takes raw scores, brings `state` up to date, returns the weights.
+/// Which of a chunk's keys the rows see.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// Of each row, the position of the last visible key, and one.
+    ends: *const usize,
+    key0: usize,
+    window: usize,
+}
+
+impl Seen {
+    /// # Safety
+    /// `i` is a row.
+    #[inline(always)]
+    unsafe fn keys(self, i: usize) -> (usize, usize) {
+        // SAFETY: the caller's promise.
+        let end = unsafe { self.ends.add(i).read() };
+        let to = end.saturating_sub(self.key0).min(CHUNK);
+        (end.saturating_sub(self.window).saturating_sub(self.key0).min(to), to)
+    }
+}
+
+/// A row's scaled scores, minus infinity where it sees no key.
 ///
 /// # Safety
 /// Valid pointers; `L`'s instructions.
 #[inline(always)]
-unsafe fn softmax<L: Lanes>(
-    scores: *const f32,
-    seen: (usize, usize),
-    shape: &Shape,
-    state: State,
-    i: usize,
-    value_pad: usize,
-) -> [L; VECTORS] {
-    let (from, to) = seen;
+unsafe fn scaled<L: Lanes>(scores: *const f32, (from, to): (usize, usize), scale: f32) -> [L; VECTORS] {
     // SAFETY: the caller's promise.
     unsafe {
-        if from >= to {
-            return [L::splat(0.0); VECTORS];
-        }
         let mut s = [L::splat(0.0); VECTORS];
         for (j, s) in s.iter_mut().enumerate() {
-            *s = L::load(scores.add(j * LANES)).mul(L::splat(shape.scale));
+            *s = L::load(scores.add(j * LANES)).mul(L::splat(scale));
         }
         if (from, to) != (0, CHUNK) {
             for (j, s) in s.iter_mut().enumerate() {
@@ -530,29 +550,61 @@ unsafe fn softmax<L: Lanes>(
                 *s = s.keep(lane(from), lane(to));
             }
         }
-        let highest = s[0].max(s[1]).max(s[2].max(s[3])).reduce_max();
-        let old = state.max.add(i).read();
-        let sums = state.sums.add(i * LANES);
-        let mut sum = L::load(sums);
-        let max = if highest > old { highest } else { old };
-        if max != old {
-            let alpha = L::splat(exp_f32(old - max));
-            state.max.add(i).write(max);
-            sum = sum.mul(alpha);
-            let values = state.values.add(i * value_pad);
-            for d in (0..value_pad).step_by(LANES) {
-                L::load(values.add(d)).mul(alpha).store(values.add(d));
-            }
-        }
-        for s in &mut s {
-            *s = s.sub(L::splat(max)).exp();
-            if shape.dtype == DType::BF16 {
-                *s = s.round_bf16();
-            }
-            sum = sum.add(*s);
-        }
-        sum.store(sums);
         s
+    }
+}
+
+/// A step of the online softmax for at most 16 `rows`: takes raw scores, brings `state` up to date,
+/// hands each row's weights to `put`. Rows go through each pass together, so that nothing waits for one row's maximum and
+/// the factors of all rows are one vector.
+///
+/// # Safety
+/// Valid pointers; `L`'s instructions.
+#[inline(always)]
+unsafe fn softmax<L: Lanes>(
+    scores: *const f32,
+    rows: Range<usize>,
+    seen: Seen,
+    shape: &Shape,
+    state: State,
+    value_pad: usize,
+    put: impl Fn(usize, [L; VECTORS]),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut highest = [f32::NEG_INFINITY; LANES];
+        for (i, highest) in rows.clone().zip(&mut highest) {
+            let s = scaled::<L>(scores.add(i * CHUNK), seen.keys(i), shape.scale);
+            *highest = s[0].max(s[1]).max(s[2].max(s[3])).reduce_max();
+        }
+        let old = L::load(state.max.add(rows.start));
+        let max = L::load(highest.as_ptr()).max(old);
+        let alphas = old.sub(max).exp().to_array();
+        max.store(state.max.add(rows.start));
+        for (i, &alpha) in rows.clone().zip(&alphas) {
+            // A maximum that stays gives a factor of exactly 1.
+            if alpha != 1.0 {
+                let (sums, values) = (state.sums.add(i * LANES), state.values.add(i * value_pad));
+                L::load(sums).mul(L::splat(alpha)).store(sums);
+                for d in (0..value_pad).step_by(LANES) {
+                    L::load(values.add(d)).mul(L::splat(alpha)).store(values.add(d));
+                }
+            }
+        }
+        for i in rows {
+            let (max, sums) = (L::splat(state.max.add(i).read()), state.sums.add(i * LANES));
+            let mut s = scaled::<L>(scores.add(i * CHUNK), seen.keys(i), shape.scale);
+            let mut sum = L::load(sums);
+            for s in &mut s {
+                *s = s.sub(max).exp();
+                if shape.dtype == DType::BF16 {
+                    *s = s.round_bf16();
+                }
+                sum = sum.add(*s);
+            }
+            sum.store(sums);
+            put(i, s);
+        }
     }
 }
 

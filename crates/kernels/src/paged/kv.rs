@@ -56,10 +56,15 @@ impl KvShape {
         Bytes((elements * self.dtype.size_bytes()) as u64)
     }
 
+    /// Which tile of all holds token `offset` of `block` of `head`.
+    #[inline(always)]
+    pub(crate) fn tile_of(&self, block: usize, offset: usize, head: usize) -> usize {
+        (block * self.num_kv_heads + head) * (self.block_size / TILE_TOKENS) + offset / TILE_TOKENS
+    }
+
     /// Which tile of all holds `slot` of `head`.
     pub(crate) fn tile(&self, slot: usize, head: usize) -> usize {
-        let (block, offset) = (slot / self.block_size, slot % self.block_size);
-        (block * self.num_kv_heads + head) * (self.block_size / TILE_TOKENS) + offset / TILE_TOKENS
+        self.tile_of(slot / self.block_size, slot % self.block_size, head)
     }
 }
 
@@ -130,27 +135,64 @@ pub(crate) struct KvWriter {
 }
 
 impl KvWriter {
+    /// Stores the key `[C]` of one slot and head, in BF16.
+    ///
+    /// # Safety
+    /// As for [`KvWriter::store_bf16`].
+    #[inline(always)]
+    pub(crate) unsafe fn store_key_bf16(&self, slot: usize, head: usize, key: &[bf16]) {
+        let (tile, lane) = (self.shape.tile(slot, head), slot % TILE_TOKENS);
+        let width = self.shape.key_width();
+        // SAFETY: a tile has 8 * width keys, and the caller says that the tile is inside; only the elements of this slot
+        // are touched.
+        unsafe {
+            let to = self.keys.ptr().cast::<bf16>().add(tile * TILE_TOKENS * width + 2 * lane);
+            let pairs = key.chunks_exact(2);
+            if let &[last] = pairs.remainder() {
+                to.add((width / 2 - 1) * 2 * TILE_TOKENS).cast::<[bf16; 2]>().write([last, bf16::ZERO]);
+            }
+            for (i, pair) in pairs.enumerate() {
+                to.add(i * 2 * TILE_TOKENS).cast::<[bf16; 2]>().write([pair[0], pair[1]]);
+            }
+        }
+    }
+
     /// Stores the key and the value `[C]` of one slot and head, in BF16.
     ///
     /// # Safety
     /// The memory is alive, the slot and head are inside, and no other task stores or reads this slot and head now.
     #[inline(always)]
     pub(crate) unsafe fn store_bf16(&self, slot: usize, head: usize, key: &[bf16], value: &[bf16]) {
-        let (tile, lane) = (self.shape.tile(slot, head), slot % TILE_TOKENS);
-        let width = self.shape.key_width();
-        let c = self.shape.head_dim;
-        // SAFETY: a tile has 8 * width keys and 8 * C values, and the caller says that the tile is inside; only the
-        // elements of this slot are touched.
+        let (tile, lane, c) = (self.shape.tile(slot, head), slot % TILE_TOKENS, self.shape.head_dim);
+        // SAFETY: a tile has 8 * C values, and the caller says that the tile is inside; only the elements of this slot are
+        // touched.
         unsafe {
-            let to = self.keys.ptr().cast::<bf16>().add(tile * TILE_TOKENS * width + 2 * lane);
-            for (i, pair) in key.chunks(2).enumerate() {
-                let second = pair.get(1).copied().unwrap_or(bf16::ZERO);
-                to.add(i * 2 * TILE_TOKENS).cast::<[bf16; 2]>().write([pair[0], second]);
-            }
+            self.store_key_bf16(slot, head, key);
             let to = self.values.ptr().cast::<bf16>().add(tile * TILE_TOKENS * c + lane / 2 * 2 * c + lane % 2);
             for (i, x) in value.iter().enumerate() {
                 to.add(2 * i).write(*x);
             }
+        }
+    }
+
+    /// Stores the values of two slots that are neighbours, the first one even, of one head: side by side in memory, they
+    /// go out as whole vectors. Keys are stored by [`KvWriter::store_key_bf16`].
+    ///
+    /// # Safety
+    /// As for [`KvWriter::store_bf16`], for both slots.
+    #[inline(always)]
+    pub(crate) unsafe fn store_value_pair_bf16(&self, slot: usize, head: usize, values: [&[bf16]; 2]) {
+        debug_assert!(slot.is_multiple_of(2));
+        let (tile, lane, c) = (self.shape.tile(slot, head), slot % TILE_TOKENS, self.shape.head_dim);
+        // SAFETY: the caller says that the tile, of 8 * C values, is inside; the pair's row has 2 * C, a whole number of
+        // pairs from the start on, and nobody else touches them.
+        let to = unsafe {
+            let to = self.values.ptr().cast::<bf16>().add(tile * TILE_TOKENS * c + lane * c);
+            std::slice::from_raw_parts_mut(to, 2 * c)
+        };
+        for ((to, first), second) in to.chunks_exact_mut(2).zip(values[0]).zip(values[1]) {
+            to[0] = *first;
+            to[1] = *second;
         }
     }
 

@@ -113,11 +113,13 @@ pub fn rope_and_store(
     let isa = ctx.isa();
     ctx.pool().run(t.div_ceil(ROWS), &|task| {
         let mut row_f32 = vec![0.0f32; width];
-        for row in task.idx * ROWS..t.min((task.idx + 1) * ROWS) {
+        let rows = task.idx * ROWS..t.min((task.idx + 1) * ROWS);
+        for row in rows.clone() {
             let (position, slot) = (batch.positions()[row], batch.slots()[row]);
             let head = |i: usize| (h + i) * c..(h + i + 1) * c;
             // SAFETY: row < T, so its elements are inside the matrix, and they belong to this task alone. The batch was
-            // checked against the memory, its slots differ, so no other task touches these entries.
+            // checked against the memory, its slots differ, so no other task touches these entries. The row before is one
+            // of this task where it is read.
             unsafe {
                 if dtype == DType::F32 {
                     let x = std::slice::from_raw_parts_mut(base.ptr().cast::<f32>().add(row * width), width);
@@ -130,8 +132,25 @@ pub fn rope_and_store(
                     widen(isa, x, &mut row_f32);
                     transform(isa, &mut row_f32, post, &norm, position);
                     narrow(isa, &row_f32, x);
+                    // Values of two neighbouring tokens lie side by side: they are stored with the second one.
+                    let paired = |row: usize, next: usize| {
+                        let slots = batch.slots();
+                        rows.contains(&row)
+                            && rows.contains(&next)
+                            && slots[row].is_multiple_of(2)
+                            && slots[next] == slots[row] + 1
+                    };
                     for i in 0..g {
-                        writer.store_bf16(slot, i, &x[head(i)], &x[head(g + i)]);
+                        if row > 0 && paired(row - 1, row) {
+                            let before = base.ptr().cast::<bf16>().add((row - 1) * width + head(g + i).start);
+                            let before = std::slice::from_raw_parts(before, c);
+                            writer.store_key_bf16(slot, i, &x[head(i)]);
+                            writer.store_value_pair_bf16(slot - 1, i, [before, &x[head(g + i)]]);
+                        } else if paired(row, row + 1) {
+                            writer.store_key_bf16(slot, i, &x[head(i)]);
+                        } else {
+                            writer.store_bf16(slot, i, &x[head(i)], &x[head(g + i)]);
+                        }
                     }
                 }
             }
