@@ -16,6 +16,8 @@
 
 pub mod add;
 pub mod add_rms_norm;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod cols;
 pub mod combine;

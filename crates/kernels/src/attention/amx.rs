@@ -9,42 +9,6 @@ use crate::paged::TILE_TOKENS;
 /// Bytes of a tile: 16 rows of 64.
 const TILE_BYTES: usize = 1024;
 
-#[repr(C, align(64))]
-struct Config {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-/// Eight tiles of 16 rows of 64 bytes.
-static CONFIG: Config = Config {
-    palette: 1,
-    start_row: 0,
-    reserved: [0; 14],
-    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
-};
-
-/// Sets this thread's tiles up.
-///
-/// # Safety
-/// The machine has AMX and the process may use it.
-pub(super) unsafe fn configure() {
-    // SAFETY: the caller's promise; the configuration is a valid one of palette 1.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) }
-}
-
-/// Gives this thread's tile state back, so that the system need not save it.
-///
-/// # Safety
-/// As for [`configure`].
-pub(super) unsafe fn release() {
-    // SAFETY: the caller's promise.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) }
-}
-
 /// A task's operands. `rows` is a multiple of 16, `key_pad` of 32, `value_pad` of 16.
 pub(super) struct Tiles {
     /// `[rows, key_pad]` BF16

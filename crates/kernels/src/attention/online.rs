@@ -337,7 +337,7 @@ unsafe fn attend<L: Lanes, P: Problem>(p: &P, seq: &PagedSeq, task: &Task, memor
                 key_pad,
                 value_pad,
             };
-            super::amx::configure();
+            crate::amx::configure([16; 8]);
             queries.write_bytes(0, rows * key_pad * 2);
             tiles
         });
@@ -433,7 +433,7 @@ unsafe fn attend<L: Lanes, P: Problem>(p: &P, seq: &PagedSeq, task: &Task, memor
         }
         #[cfg(target_arch = "x86_64")]
         if amx {
-            super::amx::release();
+            crate::amx::release();
         }
     }
 }

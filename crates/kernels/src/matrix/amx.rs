@@ -5,40 +5,17 @@
 
 use std::arch::asm;
 
-/// What `LDTILECFG` reads.
-#[repr(C, align(64))]
-struct Config {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
+use crate::amx;
 
-/// Tiles of 64-byte rows: W's have 16 rows; those that belong to the first 16 rows of a block have `rows.0`, to the second
-/// `rows.1`.
+/// Tiles for blocks whose first 16 rows are `rows.0` and whose second are `rows.1`; W's have 16.
 ///
 /// # Safety
-/// The machine has AMX and the process may use it (`Isa::Amx`); `rows` are within 1..=16.
+/// As [`amx::configure`].
 pub(crate) unsafe fn configure(rows: (usize, usize)) {
     assert!((1..=16).contains(&rows.0) && (1..=16).contains(&rows.1));
-    let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     let (a, b) = (rows.0 as u8, rows.1 as u8);
-    for (tile, rows) in [a, a, b, b, a, b, 16, 16].into_iter().enumerate() {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = rows;
-    }
-    // SAFETY: a valid configuration in 64 bytes of memory; clobbers only tile registers, which no Rust value lives in.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
-}
-
-/// Gives the tile state back.
-///
-/// # Safety
-/// As [`configure`].
-pub(crate) unsafe fn release() {
-    // SAFETY: no memory is touched; nobody keeps values in tiles between blocks.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    // SAFETY: promised by the caller; the assertion above.
+    unsafe { amx::configure([a, a, b, b, a, b, 16, 16]) };
 }
 
 /// Operands of a block. Strides are in bytes.

@@ -328,7 +328,7 @@ fn multiply_amx(x: &[bf16], operand: &Operand, w: &PackedMatrix, panels: Range<u
                 block.c = block.c.wrapping_add(2 * TILE_N);
             }
         }
-        amx::release();
+        crate::amx::release();
     }
 }
 
@@ -426,7 +426,7 @@ fn multiply_amx_f8(x: &[bf16], operand: &Operand, w: &PackedMatrix, panels: Rang
         scale_add(num_blocks - 1, sums);
     }
     // SAFETY: `Isa::Amx` was found usable.
-    unsafe { amx::release() };
+    unsafe { crate::amx::release() };
 }
 
 /// Where results go: a matrix that tasks write disjoint parts of.
