@@ -248,7 +248,7 @@ fn bench_reports_its_fields() {
     let table = moesaic(&[&latency[..], &tiny].concat()).ok();
     assert!(table.lines().count() >= 3, "{table}");
     let json: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-    for field in ["model", "moesaic_version", "cpu_model", "isa", "ceilings", "peak_memory_bytes"] {
+    for field in ["model", "moesaic_version", "cpu_model", "isa", "ceilings", "load_peak_memory_bytes"] {
         assert!(!json[field].is_null(), "no {field} in {json:#}");
     }
     assert_eq!((json["num_threads"].as_u64(), json["input_len"].as_u64()), (Some(2), Some(8)), "{json:#}");

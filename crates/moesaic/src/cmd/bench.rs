@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use moesaic_device::OpCall;
 use moesaic_device::machine::{self, Machine};
 use moesaic_engine::{Ceilings, Engine, EngineConfig, Request, SamplingParams};
+use moesaic_spec::Bytes;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::Serialize;
@@ -34,7 +35,8 @@ struct Report<R: Serialize> {
     input_len: usize,
     output_len: usize,
     ceilings: Ceilings,
-    peak_memory_bytes: Option<u64>,
+    /// Of loading; what is measured later takes memory of its own.
+    load_peak_memory_bytes: Option<u64>,
     results: Vec<R>,
 }
 
@@ -76,7 +78,7 @@ fn latency(args: &BenchLatencyArgs) -> Result<()> {
     ensure!(args.num_iters > 0, "--num-iters is 0; 1 or more is right");
     let largest = args.batch_size.iter().copied().max().unwrap_or(1);
     let bench = Bench::open(&args.common, largest)?;
-    let (mut engine, ceilings) = bench.launch()?;
+    let (mut engine, load_peak, ceilings) = bench.launch()?;
     println!("batch  prefill tok/s  of roofline   TTFT ms   TPOT ms  decode tok/s  of roofline  of bandwidth");
     let mut results = Vec::new();
     for &batch_size in &args.batch_size {
@@ -106,7 +108,7 @@ fn latency(args: &BenchLatencyArgs) -> Result<()> {
         }
         results.push(result);
     }
-    bench.report(ceilings, results)
+    bench.report(load_peak, ceilings, results)
 }
 
 /// Where the time of the measured rounds went.
@@ -186,7 +188,7 @@ struct ThroughputResult {
 fn throughput(args: &BenchThroughputArgs) -> Result<()> {
     ensure!(args.num_prompts > 0, "--num-prompts is 0; 1 or more is right");
     let bench = Bench::open(&args.common, args.common.engine.max_num_seqs)?;
-    let (mut engine, ceilings) = bench.launch()?;
+    let (mut engine, load_peak, ceilings) = bench.launch()?;
     let start = Instant::now();
     for prompt in 0..args.num_prompts {
         bench.add(&mut engine, prompt as u64)?;
@@ -213,7 +215,7 @@ fn throughput(args: &BenchThroughputArgs) -> Result<()> {
         result.total_token_throughput,
         result.num_preemptions
     );
-    bench.report(ceilings, vec![result])
+    bench.report(load_peak, ceilings, vec![result])
 }
 
 /// A model under measurement.
@@ -237,9 +239,11 @@ impl<'a> Bench<'a> {
         Ok(Bench { args, model, config })
     }
 
-    fn launch(&self) -> Result<(Engine, Ceilings)> {
+    /// The engine, the most memory that loading took, and what the machine can do at best.
+    fn launch(&self) -> Result<(Engine, Option<Bytes>, Ceilings)> {
         let mut engine = self.model.launch(&self.config, false)?;
         eprintln!("model     {}\n{}", self.model.name, engine.ledger());
+        let load_peak = machine::peak_memory();
         let rank = engine.rank();
         let ceilings = Ceilings::measure(rank.ctx(), rank.transformer().compute_dtype())?;
         eprintln!(
@@ -248,7 +252,7 @@ impl<'a> Bench<'a> {
             ceilings.flops_per_s / 1e9,
             rank.ctx().pool().num_threads()
         );
-        Ok((engine, ceilings))
+        Ok((engine, load_peak, ceilings))
     }
 
     fn add(&self, engine: &mut Engine, prompt_seed: u64) -> Result<()> {
@@ -306,7 +310,7 @@ impl<'a> Bench<'a> {
         Ok(measured)
     }
 
-    fn report<R: Serialize>(&self, ceilings: Ceilings, results: Vec<R>) -> Result<()> {
+    fn report<R: Serialize>(&self, load_peak: Option<Bytes>, ceilings: Ceilings, results: Vec<R>) -> Result<()> {
         let Some(file) = &self.args.json else { return Ok(()) };
         let machine = Machine::detect();
         let report = Report {
@@ -318,7 +322,7 @@ impl<'a> Bench<'a> {
             input_len: self.args.input_len,
             output_len: self.args.output_len,
             ceilings,
-            peak_memory_bytes: machine::peak_memory().map(|bytes| bytes.0),
+            load_peak_memory_bytes: load_peak.map(|bytes| bytes.0),
             results,
         };
         let json = serde_json::to_string_pretty(&report)?;
