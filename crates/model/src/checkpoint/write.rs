@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
+#[cfg(unix)]
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -171,6 +173,9 @@ pub fn write_random(
         let metadata = [("format".to_string(), "pt".to_string())].into();
         safetensors::serialize_to_file(shard, Some(metadata), &path)
             .map_err(|e| ModelError::file(&path, e.to_string()))?;
+        // The writer makes a private temporary file and renames it; a checkpoint is as readable as its config.
+        #[cfg(unix)]
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).map_err(|e| failed(&path, e))?;
         progress(written);
     }
     if num_shards > 1 {
