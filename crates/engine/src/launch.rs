@@ -33,6 +33,15 @@ pub fn launch(
         Some(num_threads) => num_threads,
         None => machine::num_usable_cores(),
     };
+    // Workers wait hot, so more of them than cores only stand in each other's way; a few times as many are for tests.
+    let most_threads = (4 * machine::num_usable_cores()).max(64);
+    if num_threads > most_threads {
+        return Err(EngineError::Invalid {
+            field: "num_threads",
+            value: num_threads.to_string(),
+            right: format!("1 to {most_threads} is right on this machine"),
+        });
+    }
     let isa = match config.isa {
         Some(isa) => usable(isa)?,
         None => Isa::from_env()?,
