@@ -36,7 +36,7 @@ pub use ctx::{Ctx, Device};
 pub use isa::Isa;
 pub use machine::{Machine, available_memory, num_usable_cores};
 pub use memory::{FileMap, HostMemory};
-pub use op_log::{Amount, OpCall, Stream};
+pub use op_log::{Amount, OpCall, Peer, Stream};
 pub use pool::{Pool, Task};
 pub use tensor::Tensor;
 

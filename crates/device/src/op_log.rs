@@ -26,6 +26,17 @@ pub enum Stream {
     Comm,
 }
 
+/// The other end of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Peer {
+    /// The rank at the other end.
+    pub rank: u32,
+    /// Which message between the two; the same number at both ends.
+    pub tag: u64,
+    /// It goes there; otherwise it comes from there.
+    pub outbound: bool,
+}
+
 /// One op, as asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OpCall {
@@ -39,6 +50,8 @@ pub struct OpCall {
     pub bytes: Amount,
     /// Queue.
     pub stream: Stream,
+    /// For a message: its other end. `bytes` are then those that cross between the two.
+    pub peer: Option<Peer>,
 }
 
 impl OpCall {
@@ -50,6 +63,19 @@ impl OpCall {
             flops: Amount::exact(flops),
             bytes: Amount::exact(bytes),
             stream: Stream::Compute,
+            peer: None,
+        }
+    }
+
+    /// A message to or from another rank.
+    pub fn message(peer: Peer, bytes: Amount) -> OpCall {
+        OpCall {
+            op: if peer.outbound { "send" } else { "receive" },
+            dims: Vec::new(),
+            flops: Amount::exact(0),
+            bytes,
+            stream: Stream::Comm,
+            peer: Some(peer),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What is given: the model. (Clusters and workloads will join it here.)
+//! What is given: the model, the cluster, the workload.
 //!
 //! This crate reads descriptions and checks them; it decides nothing, and knows no tensor, no device and no file but
 //! the text that it is handed.
@@ -12,13 +12,16 @@
 //! # Ok::<(), moesaic_spec::SpecError>(())
 //! ```
 
+pub mod cluster;
 pub mod dtype;
 pub mod error;
 pub mod generation;
 pub mod model;
 mod nearest;
 pub mod units;
+pub mod workload;
 
+pub use cluster::{Cluster, Gpu, Link, LinkClass, PeakFlops};
 pub use dtype::DType;
 pub use error::SpecError;
 pub use generation::GenerationConfig;
@@ -31,3 +34,4 @@ pub use model::{
     Router, Scoring,
 };
 pub use units::Bytes;
+pub use workload::{TokenRange, Workload};

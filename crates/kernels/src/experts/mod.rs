@@ -139,6 +139,7 @@ fn call(rows: RowsPerExpert, w: &ExpertWeights, r: usize, (d, f, dtype): (usize,
             bound: active.bound * weight + values,
         },
         stream: Stream::Compute,
+        peer: None,
     }
 }
 
