@@ -3,6 +3,7 @@
 //! This crate must never search for a decision, and never touch a device.
 
 pub mod ids;
+mod lower;
 pub mod memory;
 pub mod placement;
 pub mod plan;

@@ -233,3 +233,96 @@ pub struct Schedule {
     /// In order of execution.
     pub actions: Vec<Action>,
 }
+
+impl Work {
+    /// The kind of message that it sends, if it sends any, and to whom it may go.
+    pub fn sends(&self) -> Option<(MessageKind, &[Rank])> {
+        match self {
+            Work::SendHidden { to } => Some((MessageKind::Hidden, std::slice::from_ref(to))),
+            Work::AllReduce { of, group, .. } => Some((*of, group)),
+            Work::Dispatch { to } => Some((MessageKind::Dispatch, to)),
+            Work::Relay { to, .. } => Some((MessageKind::Relay, to)),
+            Work::Answer { to } => Some((MessageKind::Answer, to)),
+            Work::AllGather { group } => Some((MessageKind::Rows, group)),
+            Work::GatherLogits { group } => Some((MessageKind::Logits, &group[..1])),
+            _ => None,
+        }
+    }
+}
+
+/// Ranks in few characters: neighbours as ranges.
+struct Ranks<'a>(&'a [Rank]);
+
+impl fmt::Display for Ranks<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rest = self.0;
+        if rest.is_empty() {
+            return f.write_str("nobody");
+        }
+        let mut separator = "";
+        while let Some(&first) = rest.first() {
+            let len = rest.iter().enumerate().take_while(|&(i, rank)| rank.0 == first.0 + i as u32).count();
+            match len {
+                1 => write!(f, "{separator}{first}")?,
+                _ => write!(f, "{separator}{first}-{}", rest[len - 1])?,
+            }
+            separator = ",";
+            rest = &rest[len..];
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Work::Embed => f.write_str("embed"),
+            Work::ReceiveHidden { from } => write!(f, "receive hidden states from {from}"),
+            Work::SendHidden { to } => write!(f, "send hidden states to {to}"),
+            Work::Attention => f.write_str("attention"),
+            Work::Project => f.write_str("project"),
+            Work::Attend => f.write_str("attend"),
+            Work::AllReduce { of, group, algorithm } => {
+                let how = if *algorithm == AllReduce::Hierarchical { ", by nodes" } else { "" };
+                write!(f, "all-reduce {of} over {}{how}", Ranks(group))
+            }
+            Work::Mlp => f.write_str("MLP"),
+            Work::Route => f.write_str("route"),
+            Work::SharedExpert => f.write_str("shared expert"),
+            Work::Dispatch { to } => write!(f, "dispatch to {}", Ranks(to)),
+            Work::Relay { from, to } => write!(f, "relay from {} to {}", Ranks(from), Ranks(to)),
+            Work::Experts { from, relays } if relays.is_empty() => write!(f, "experts for {}", Ranks(from)),
+            Work::Experts { from, relays } if from.is_empty() => {
+                write!(f, "experts for rows relayed by {}", Ranks(relays))
+            }
+            Work::Experts { from, relays } => {
+                write!(f, "experts for {} and rows relayed by {}", Ranks(from), Ranks(relays))
+            }
+            Work::Answer { to } => write!(f, "answer {}", Ranks(to)),
+            Work::Combine { from } if from.is_empty() => f.write_str("combine"),
+            Work::Combine { from } => write!(f, "combine with answers of {}", Ranks(from)),
+            Work::AllGather { group } => write!(f, "all-gather rows of {}", Ranks(group)),
+            Work::Head => f.write_str("head"),
+            Work::GatherLogits { group } => write!(f, "gather logits of {}", Ranks(group)),
+            Work::Sample => f.write_str("sample"),
+        }
+    }
+}
+
+/// A line an action: its number, layer and micro-batch, queue, what it does, and what it waits for.
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "rank {}", self.rank)?;
+        for (idx, action) in self.actions.iter().enumerate() {
+            let Action { work, layer, micro_batch, lane, after } = action;
+            let lane = if *lane == Lane::Comm { "comm" } else { "compute" };
+            write!(f, "{idx:>5}  layer {layer:<3} micro-batch {micro_batch}  {lane:<8} {work}")?;
+            if !after.is_empty() {
+                let after: Vec<String> = after.iter().map(u32::to_string).collect();
+                write!(f, "  (after {})", after.join(", "))?;
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+}
