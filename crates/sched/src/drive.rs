@@ -1,4 +1,4 @@
-//! The seam to whatever runs a batch, and one round through it.
+//! The seam to whatever runs batches, and one round through it.
 
 use crate::{SchedError, Scheduler, SeqUpdate, StepBatch, StepOutput};
 
@@ -7,15 +7,16 @@ pub trait Execute {
     /// Why a step failed.
     type Error;
 
-    /// Runs the batch to its end: computes the KV of its tokens into their blocks, and samples one token for each
-    /// sequence whose `samples` is set.
+    /// Runs one batch of every data-parallel group to its end, all in one step: computes the KV of their tokens into
+    /// their blocks, and samples one token for each sequence whose `samples` is set. A group without work has an empty
+    /// batch. Returns the groups' outputs in their order.
     ///
     /// # Errors
     /// The step counts as not done, and its tokens will be scheduled again.
-    fn execute(&mut self, batch: &StepBatch) -> Result<StepOutput, Self::Error>;
+    fn execute(&mut self, batches: &[StepBatch]) -> Result<Vec<StepOutput>, Self::Error>;
 }
 
-/// A step that is done.
+/// A group's part of a step that is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DrivenStep {
     /// What ran; empty when the scheduler was idle.
@@ -24,7 +25,7 @@ pub struct DrivenStep {
     pub updates: Vec<SeqUpdate>,
 }
 
-/// One round: schedule, execute, commit. An idle scheduler does nothing, and the executor is not called.
+/// One round of one group: schedule, execute, commit. An idle scheduler does nothing, and the executor is not called.
 ///
 /// # Errors
 /// The executor's, or [`SchedError::WrongSamples`] about its output. The step is then rolled back, and the next call
@@ -34,16 +35,41 @@ where
     E: Execute,
     E::Error: From<SchedError>,
 {
-    let batch = scheduler.schedule();
-    if batch.seqs.is_empty() {
-        return Ok(DrivenStep { batch, updates: Vec::new() });
+    Ok(drive_groups(std::slice::from_mut(scheduler), executor)?.remove(0))
+}
+
+/// One round of all data-parallel groups together, each with a scheduler of its own. When all are idle the executor is not
+/// called.
+///
+/// # Errors
+/// As of [`drive_step`]; then the step is rolled back in every group.
+pub fn drive_groups<E>(schedulers: &mut [Scheduler], executor: &mut E) -> Result<Vec<DrivenStep>, E::Error>
+where
+    E: Execute,
+    E::Error: From<SchedError>,
+{
+    let batches: Vec<StepBatch> = schedulers.iter_mut().map(Scheduler::schedule).collect();
+    if batches.iter().all(|batch| batch.seqs.is_empty()) {
+        return Ok(batches.into_iter().map(|batch| DrivenStep { batch, updates: Vec::new() }).collect());
     }
-    let committed =
-        executor.execute(&batch).and_then(|output| scheduler.commit(&batch, &output).map_err(E::Error::from));
+    let committed = executor.execute(&batches).and_then(|outputs| {
+        assert_eq!(outputs.len(), batches.len(), "an output for each group");
+        let rounds = schedulers.iter_mut().zip(batches.iter().zip(&outputs));
+        let updates: Result<Vec<_>, SchedError> =
+            rounds.map(|(scheduler, (batch, output))| scheduler.commit(batch, output)).collect();
+        updates.map_err(E::Error::from)
+    });
     match committed {
-        Ok(updates) => Ok(DrivenStep { batch, updates }),
+        Ok(updates) => {
+            Ok(batches.into_iter().zip(updates).map(|(batch, updates)| DrivenStep { batch, updates }).collect())
+        }
         Err(error) => {
-            scheduler.rollback(&batch).expect("nobody else had the scheduler since the batch was scheduled");
+            for (scheduler, batch) in schedulers.iter_mut().zip(&batches) {
+                // Nothing is in flight in a group that had no work, or whose output was right while another's was not.
+                if let Err(why) = scheduler.rollback(batch) {
+                    assert!(matches!(why, SchedError::NotInFlight { .. }), "nothing else refuses a rollback: {why}");
+                }
+            }
             Err(error)
         }
     }

@@ -24,9 +24,10 @@
 //! struct PlusOne;
 //! impl Execute for PlusOne {
 //!     type Error = SchedError;
-//!     fn execute(&mut self, batch: &StepBatch) -> Result<StepOutput, SchedError> {
-//!         let sampling = batch.seqs.iter().filter(|seq| seq.samples);
-//!         Ok(StepOutput { sampled: sampling.map(|seq| (seq.id, seq.token_ids.last().unwrap() + 1)).collect() })
+//!     fn execute(&mut self, batches: &[StepBatch]) -> Result<Vec<StepOutput>, SchedError> {
+//!         let sampling = |batch: &StepBatch| batch.seqs.clone().into_iter().filter(|seq| seq.samples);
+//!         let next = |batch| sampling(batch).map(|seq| (seq.id, seq.token_ids.last().unwrap() + 1)).collect();
+//!         Ok(batches.iter().map(|batch| StepOutput { sampled: next(batch) }).collect())
 //!     }
 //! }
 //!
@@ -70,7 +71,7 @@ mod step;
 
 pub use block_manager::BlockId;
 pub use config::SchedulerConfig;
-pub use drive::{DrivenStep, Execute, drive_step};
+pub use drive::{DrivenStep, Execute, drive_groups, drive_step};
 pub use error::SchedError;
 pub use scheduler::{SchedStats, Scheduler};
 pub use sequence::{SeqId, SeqRequest};

@@ -2,7 +2,7 @@
 
 use moesaic_sched::{
     Execute, FinishReason, SchedError, Scheduler, SchedulerConfig, SeqId, SeqRequest, SeqUpdate, StepBatch, StepOutput,
-    drive_step,
+    drive_groups, drive_step,
 };
 
 fn scheduler_with_two_prompts() -> Scheduler {
@@ -30,9 +30,26 @@ struct Says(Vec<(SeqId, u32)>);
 impl Execute for Says {
     type Error = SchedError;
 
-    fn execute(&mut self, _: &StepBatch) -> Result<StepOutput, SchedError> {
-        Ok(StepOutput { sampled: self.0.clone() })
+    fn execute(&mut self, batches: &[StepBatch]) -> Result<Vec<StepOutput>, SchedError> {
+        let said = |batch: &StepBatch| if batch.seqs.is_empty() { Vec::new() } else { self.0.clone() };
+        Ok(batches.iter().map(|batch| StepOutput { sampled: said(batch) }).collect())
     }
+}
+
+#[test]
+fn groups_run_together_and_a_group_that_failed_is_tried_again() {
+    let idle = || Scheduler::new(scheduler_with_two_prompts().config().clone()).unwrap();
+    let mut groups = [scheduler_with_two_prompts(), idle(), scheduler_with_two_prompts()];
+    let (one, two) = (SeqId(1), SeqId(2));
+    let refused = drive_groups(&mut groups, &mut Says(vec![(one, 7)]));
+    assert!(matches!(refused, Err(SchedError::WrongSamples { .. })));
+    groups.iter().for_each(Scheduler::check_integrity);
+    let steps = drive_groups(&mut groups, &mut Says(vec![(one, 7), (two, 8)])).unwrap();
+    let gained: Vec<usize> = steps.iter().map(|step| step.updates.len()).collect();
+    assert_eq!(gained, [2, 0, 2]);
+    // Nothing is executed when all are idle.
+    let mut idle = [idle(), idle()];
+    assert!(drive_groups(&mut idle, &mut Says(vec![(one, 7)])).unwrap().iter().all(|step| step.updates.is_empty()));
 }
 
 #[test]

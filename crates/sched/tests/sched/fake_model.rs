@@ -153,7 +153,8 @@ impl FakeModel {
 impl Execute for FakeModel {
     type Error = FakeError;
 
-    fn execute(&mut self, batch: &StepBatch) -> Result<StepOutput, FakeError> {
+    fn execute(&mut self, batches: &[StepBatch]) -> Result<Vec<StepOutput>, FakeError> {
+        let [batch] = batches else { panic!("one group, {} batches", batches.len()) };
         batch.seqs.iter().for_each(|seq| self.check_shape(seq));
         self.check_written_blocks(batch);
         if std::mem::take(&mut self.fail_next) {
@@ -176,6 +177,6 @@ impl Execute for FakeModel {
             }
         }
         sampled.reverse(); // the order of the output means nothing
-        Ok(StepOutput { sampled })
+        Ok(vec![StepOutput { sampled }])
     }
 }

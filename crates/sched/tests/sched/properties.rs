@@ -175,7 +175,7 @@ impl World {
             assert_eq!(self.scheduler.commit(&batch, &Default::default()), Ok(vec![]));
             return;
         }
-        let output = self.model.execute(&batch).unwrap();
+        let output = self.model.execute(std::slice::from_ref(&batch)).unwrap().remove(0);
         let updates = self.scheduler.commit(&batch, &output).unwrap();
         self.take_in(&updates);
     }
@@ -187,7 +187,7 @@ impl World {
         }
         self.abort(abort);
         self.scheduler.check_integrity();
-        let output = self.model.execute(&batch).unwrap();
+        let output = self.model.execute(std::slice::from_ref(&batch)).unwrap().remove(0);
         self.add(request);
         let updates = self.scheduler.commit(&batch, &output).unwrap();
         self.take_in(&updates);
