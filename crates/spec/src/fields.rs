@@ -194,7 +194,8 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn dotted(&self, key: &str) -> String {
+    /// The dotted path of a key of this object.
+    pub fn dotted(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 }
