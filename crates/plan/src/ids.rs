@@ -39,3 +39,24 @@ impl fmt::Display for ExpertId {
         write!(f, "{}", self.0)
     }
 }
+
+/// Ascending numbers with runs drawn together, for people: `0–3, 7`.
+pub(crate) fn runs(numbers: impl IntoIterator<Item = usize>) -> String {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for number in numbers {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => runs.push((number, number)),
+        }
+    }
+    let shown = |(first, last): (usize, usize)| match last - first {
+        0 => first.to_string(),
+        _ => format!("{first}–{last}"),
+    };
+    runs.into_iter().map(shown).collect::<Vec<_>>().join(", ")
+}
+
+/// [`runs`] of ranks.
+pub(crate) fn rank_runs(ranks: &[Rank]) -> String {
+    runs(ranks.iter().map(|rank| rank.idx()))
+}

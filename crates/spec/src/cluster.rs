@@ -1,5 +1,7 @@
 //! The cluster: GPUs, nodes and links.
 
+mod file;
+
 use crate::{Bytes, DType};
 
 /// GPUs of one kind in nodes of one size.

@@ -88,6 +88,48 @@ pub enum SpecError {
         /// The known key that is spelled most alike.
         nearest: String,
     },
+    /// The text is not YAML of the plain kind that descriptions are written in.
+    #[error("{origin}: not valid YAML at line {line}, column {column}: {reason}")]
+    Yaml {
+        /// Path, for the message.
+        origin: String,
+        /// Line, from 1; 0 where the parser does not know.
+        line: u64,
+        /// Column, from 1; 0 where the parser does not know.
+        column: u64,
+        /// What the parser says.
+        reason: String,
+    },
+    /// The YAML has no keys at the top.
+    #[error("{origin}: the top of the file is {got}, but must be keys with values, like `name: …`")]
+    NotAMapping {
+        /// Path, for the message.
+        origin: String,
+        /// The value found, shortened.
+        got: String,
+    },
+    /// A key that a description of our own does not have.
+    #[error("{origin}: field `{field}` is not known; did you mean `{nearest}`?")]
+    UnknownKey {
+        /// Path, for the message.
+        origin: String,
+        /// The key found, shortened, dotted when nested.
+        field: String,
+        /// The known key that is spelled most alike.
+        nearest: String,
+    },
+    /// No cluster, workload, … has this name.
+    #[error("no {what} is called {name}; did you mean `{nearest}`? ({what}s: {known})")]
+    UnknownName {
+        /// What was looked for.
+        what: &'static str,
+        /// The name asked for, shortened.
+        name: String,
+        /// The known name that is spelled most alike.
+        nearest: String,
+        /// All known names.
+        known: String,
+    },
     /// No preset has this name.
     #[error("no preset is called {name}; did you mean `{nearest}`? (presets: {known})")]
     UnknownPreset {

@@ -5,8 +5,8 @@ use std::ops::RangeInclusive;
 use serde_json::Value;
 
 use crate::SpecError;
+use crate::fields::{Fields, show};
 use crate::model::common::{limits, parse_object};
-use crate::model::fields::{Fields, show};
 
 /// The fields of `generation_config.json` that we obey; absent ones stay absent, so that a caller's own defaults and
 /// flags can be told from the file's. Unknown fields are ignored, as in transformers.

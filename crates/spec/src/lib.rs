@@ -15,11 +15,14 @@
 pub mod cluster;
 pub mod dtype;
 pub mod error;
+pub mod fields;
 pub mod generation;
 pub mod model;
-mod nearest;
+pub mod nearest;
+pub mod presets;
 pub mod units;
 pub mod workload;
+pub mod yaml;
 
 pub use cluster::{Cluster, Gpu, Link, LinkClass, PeakFlops};
 pub use dtype::DType;
@@ -33,5 +36,6 @@ pub use model::{
     Activation, Attention, Capacity, DropPolicy, Family, Ffn, Gqa, Mla, Mlp, ModelSpec, Moe, QkNorm, Rope, RopeScaling,
     Router, Scoring,
 };
+pub use presets::{PresetFile, cluster_preset, clusters, workload_preset, workloads};
 pub use units::Bytes;
 pub use workload::{TokenRange, Workload};

@@ -4,7 +4,7 @@
 ///
 /// # Panics
 /// When there are no candidates, which would be our own mistake.
-pub(crate) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> &'a str {
+pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> &'a str {
     // Only the head of a very long name is compared, so that a hostile file costs nothing.
     let name: Vec<char> = name.chars().take(64).collect();
     let starts: String = name.iter().collect();

@@ -1,5 +1,8 @@
 //! The workload: which requests are asked.
 
+mod file;
+mod requests;
+
 /// Requests of one shape or of random shapes, all there at the start.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Workload {

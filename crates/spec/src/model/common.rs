@@ -4,8 +4,8 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value, json};
 
-use super::fields::{Fields, show};
 use super::{Attention, Family, Ffn, Gqa, Mla, ModelSpec, Moe, Rope, RopeScaling};
+use crate::fields::{Fields, show};
 use crate::{DType, SpecError};
 
 /// Ranges of sizes: far beyond any published model, and small enough that no product of the few that are multiplied

@@ -4,9 +4,9 @@
 use serde_json::{Map, Value, json};
 
 use super::common::{self, Defaults, Trunk, limits};
-use super::fields::Fields;
 use super::{Activation, Attention, Family, Ffn, Mla, Mlp, ModelSpec, Moe, Router, Scoring};
 use crate::SpecError;
+use crate::fields::Fields;
 
 const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, max_position_embeddings: 4096, rope_theta: 1e4 };
 

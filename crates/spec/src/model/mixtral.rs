@@ -3,9 +3,9 @@
 use serde_json::{Map, Value, json};
 
 use super::common::{self, Defaults, limits};
-use super::fields::Fields;
 use super::{Activation, Attention, Family, Ffn, Gqa, ModelSpec, Moe, QkNorm, Router};
 use crate::SpecError;
+use crate::fields::Fields;
 
 const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-5, max_position_embeddings: 131072, rope_theta: 1e6 };
 

@@ -6,7 +6,6 @@
 pub(crate) mod common;
 pub mod counts;
 mod deepseek_v3;
-pub(crate) mod fields;
 mod mixtral;
 mod olmoe;
 mod paper;
@@ -17,7 +16,7 @@ pub mod tensors;
 
 use serde_json::Value;
 
-use self::fields::{Fields, show};
+use crate::fields::{Fields, show};
 use crate::{DType, SpecError};
 
 /// Which `model_type` the description came from.

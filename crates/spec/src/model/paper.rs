@@ -9,8 +9,8 @@ use serde_json::{Map, Value, json};
 
 use super::common::{self, Defaults, Trunk, limits};
 use super::deepseek_v3::read_mla;
-use super::fields::{Fields, shorten};
 use super::{Activation, Attention, Capacity, DropPolicy, Family, Ffn, Gqa, Mlp, ModelSpec, Moe, QkNorm, Router};
+use crate::fields::{Fields, shorten};
 use crate::nearest::nearest;
 use crate::{DType, SpecError};
 

@@ -1,8 +1,8 @@
 //! Published and described models, by name; where each figure comes from is in `specs/models/README.md`.
 
 use super::ModelSpec;
-use super::fields::shorten;
 use crate::SpecError;
+use crate::fields::shorten;
 use crate::nearest::nearest;
 
 /// A model by name.

@@ -3,9 +3,9 @@
 use serde_json::{Map, Value, json};
 
 use super::common::{self, Defaults, limits};
-use super::fields::{Fields, show};
 use super::{Activation, Attention, Family, Ffn, Gqa, Mlp, ModelSpec, Moe, QkNorm, Router};
 use crate::SpecError;
+use crate::fields::{Fields, show};
 
 const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, max_position_embeddings: 32768, rope_theta: 1e4 };
 
