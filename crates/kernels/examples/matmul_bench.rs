@@ -286,7 +286,10 @@ fn pack(pool: &Pool) {
         let arena = Arena::host("weights", Bytes(256 << 20)).expect("memory");
         let mut w = PackedMatrix::empty(&arena, N, K, to).expect("memory");
         for transposed in [false, true] {
-            let src = SourceMatrix { transposed, ..SourceMatrix::new(&bytes, from, N, K) };
+            let src = match transposed {
+                false => SourceMatrix::new(&bytes, from, N, K),
+                true => SourceMatrix::new(&bytes, from, K, N).transposed(),
+            };
             let mut times: Vec<f64> =
                 (0..6).map(|_| timed(|| w.pack_rows(pool, 0, &src).expect("sizes fit"))).collect();
             let time = low(&mut times);

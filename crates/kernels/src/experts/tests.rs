@@ -17,7 +17,7 @@ fn random_experts(
         let bytes = random.bytes(rows * cols, dtype);
         let blocks = rows.div_ceil(128) * cols.div_ceil(128);
         let factors: Vec<f32> = (0..blocks).map(|_| random.value() / 256.0).collect();
-        let scales = (dtype == DType::F8E4M3).then_some(BlockScales { factors: &factors, block: [128, 128] });
+        let scales = (dtype == DType::F8E4M3).then_some(BlockScales::new(&factors, [128, 128]));
         pack(&SourceMatrix { scales, ..SourceMatrix::new(&bytes, dtype, rows, cols) });
     };
     let experts = (0..num).map(|_| {
