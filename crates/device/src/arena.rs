@@ -40,7 +40,7 @@ struct State {
 }
 
 impl Arena {
-    /// An arena with memory behind it.
+    /// An arena with memory behind it, rounded up to whole pages ([`HostMemory`]).
     pub fn host(name: &'static str, capacity: Bytes) -> Result<Arena, DeviceError> {
         let memory = HostMemory::new(capacity.0 as usize)?;
         let capacity = memory.len();
@@ -223,6 +223,15 @@ mod tests {
             drop((b, c));
         }
         assert_eq!(host.peak(), meta.peak());
+    }
+
+    #[test]
+    fn a_small_arena_takes_little() {
+        let arena = Arena::host("test", Bytes(100)).unwrap();
+        assert_eq!(arena.capacity(), Bytes(4096));
+        let mut all = arena.alloc(4096).unwrap();
+        all.bytes_mut().fill(7);
+        assert!(all.bytes().as_ptr().addr().is_multiple_of(ALIGN_BYTES) && arena.alloc(1).is_err());
     }
 
     /// The smaller requests take more than the larger ones did, but not more than was promised.

@@ -9,12 +9,14 @@ use moesaic_spec::Bytes;
 
 use crate::DeviceError;
 
+const PAGE_BYTES: usize = 4 << 10;
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// A zeroed, page-aligned range of anonymous memory. Pages become resident when they are first touched.
 ///
 /// Huge pages are asked for because weights are streamed: with 4 KiB pages a third of the time of a memory-bound kernel
-/// goes to page walks, and hardware prefetchers stop at each page's end.
+/// goes to page walks, and hardware prefetchers stop at each page's end. What is smaller than one stays in small pages: a
+/// thousand ranks of a small model in one process must not take 2 MiB for every arena.
 pub struct HostMemory {
     base: NonNull<u8>,
     bytes: usize,
@@ -26,15 +28,17 @@ unsafe impl Send for HostMemory {}
 unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
-    /// Reserves `bytes`, rounded up to whole huge pages.
+    /// Reserves `bytes`, rounded up to whole pages; from 2 MiB on, to whole huge pages.
     pub fn new(bytes: usize) -> Result<HostMemory, DeviceError> {
+        let page_bytes = if bytes < HUGE_PAGE_BYTES { PAGE_BYTES } else { HUGE_PAGE_BYTES };
         let refused = |why| DeviceError::OutOfMemory { requested: Bytes(bytes as u64), why };
-        let bytes = bytes
-            .max(1)
-            .checked_next_multiple_of(HUGE_PAGE_BYTES)
-            .ok_or_else(|| refused(std::io::Error::from(std::io::ErrorKind::OutOfMemory)))?;
-        // One huge page more than asked for, so that the start can be aligned to one; the ends go back at once.
-        let padded = bytes + HUGE_PAGE_BYTES;
+        // One huge page more than asked for, so that the start can be aligned to one; the ends go back at once. The system
+        // aligns small pages itself.
+        let rounded = bytes.max(1).checked_next_multiple_of(page_bytes);
+        let padded = rounded.and_then(|rounded| rounded.checked_add(page_bytes - PAGE_BYTES));
+        let (Some(bytes), Some(padded)) = (rounded, padded) else {
+            return Err(refused(std::io::Error::from(std::io::ErrorKind::OutOfMemory)));
+        };
         // SAFETY: a fresh private mapping at an address of the kernel's choice touches no existing memory.
         let raw = unsafe {
             libc::mmap(
@@ -49,7 +53,7 @@ impl HostMemory {
         if raw == libc::MAP_FAILED {
             return Err(refused(std::io::Error::last_os_error()));
         }
-        let start = (raw as usize).next_multiple_of(HUGE_PAGE_BYTES);
+        let start = (raw as usize).next_multiple_of(page_bytes);
         let head = start - raw as usize;
         let tail = padded - head - bytes;
         // SAFETY: both ranges are parts of the mapping made above, outside [start, start + bytes), and page-aligned.
@@ -61,7 +65,9 @@ impl HostMemory {
                 libc::munmap((start + bytes) as *mut libc::c_void, tail);
             }
             // Advice only: where the kernel has no transparent huge pages, everything still works.
-            libc::madvise(start as *mut libc::c_void, bytes, libc::MADV_HUGEPAGE);
+            if page_bytes == HUGE_PAGE_BYTES {
+                libc::madvise(start as *mut libc::c_void, bytes, libc::MADV_HUGEPAGE);
+            }
         }
         let base = NonNull::new(start as *mut u8).expect("mmap does not return a null mapping");
         Ok(HostMemory { base, bytes })
@@ -142,7 +148,6 @@ impl FileMap {
     /// Tells the kernel that these bytes will not be read again soon, so that they stop counting as this process's
     /// memory; reading them again still works. `range` is shrunk to whole pages.
     pub fn release(&self, range: std::ops::Range<usize>) {
-        const PAGE_BYTES: usize = 4096;
         let start = range.start.next_multiple_of(PAGE_BYTES);
         let end = range.end.min(self.bytes) / PAGE_BYTES * PAGE_BYTES;
         if start < end {
@@ -157,6 +162,35 @@ impl Drop for FileMap {
         if self.bytes > 0 {
             // SAFETY: this value owns exactly this mapping.
             unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_sizes_take_small_pages_and_large_ones_huge_pages() {
+        let sizes = [(0, PAGE_BYTES), (1, PAGE_BYTES), (5000, 8192), (HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES)];
+        let large = [(HUGE_PAGE_BYTES, HUGE_PAGE_BYTES), (HUGE_PAGE_BYTES + 1, 2 * HUGE_PAGE_BYTES)];
+        for (bytes, len) in sizes.into_iter().chain(large) {
+            let memory = HostMemory::new(bytes).unwrap();
+            let page_bytes = if bytes < HUGE_PAGE_BYTES { PAGE_BYTES } else { HUGE_PAGE_BYTES };
+            assert_eq!((memory.len(), memory.as_ptr() as usize % page_bytes), (len, 0), "{bytes}");
+            // SAFETY: the last byte lies inside the mapping, which this test alone has.
+            unsafe { assert_eq!(memory.as_ptr().add(len - 1).replace(1), 0) };
+        }
+    }
+
+    #[test]
+    fn what_no_machine_has_is_refused() {
+        for bytes in [usize::MAX, usize::MAX - HUGE_PAGE_BYTES, usize::MAX / 2] {
+            let error = HostMemory::new(bytes).err().unwrap();
+            assert!(
+                matches!(error, DeviceError::OutOfMemory { requested, .. } if requested.0 == bytes as u64),
+                "{error}"
+            );
         }
     }
 }

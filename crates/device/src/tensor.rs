@@ -63,19 +63,19 @@ impl Tensor {
 
 /// Element access; each panics on `Meta` and on another element type: both are our own mistakes.
 macro_rules! elements {
-    ($($read:ident, $write:ident, $element:ty, $dtype:expr;)*) => {
+    ($($dtype:pat => $read:ident, $write:ident, $element:ty;)*) => {
         impl Tensor {
             $(
                 #[doc = concat!("The elements as `", stringify!($element), "`. Panics on `Meta` or another type.")]
                 pub fn $read(&self) -> &[$element] {
-                    assert_eq!(self.dtype, $dtype, "element type");
+                    assert!(matches!(self.dtype, $dtype), "a tensor of {} was read as another type", self.dtype);
                     let bytes = self.region.bytes();
                     // SAFETY: regions are 64-byte aligned and hold whole elements; every bit pattern is a valid value.
                     unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<$element>()) }
                 }
                 #[doc = concat!("The elements as `", stringify!($element), "`, to write. Panics as above.")]
                 pub fn $write(&mut self) -> &mut [$element] {
-                    assert_eq!(self.dtype, $dtype, "element type");
+                    assert!(matches!(self.dtype, $dtype), "a tensor of {} was written as another type", self.dtype);
                     let bytes = self.region.bytes_mut();
                     let (ptr, len) = (bytes.as_mut_ptr(), bytes.len());
                     // SAFETY: as for reading; the region is borrowed mutably for as long as the slice lives.
@@ -87,8 +87,8 @@ macro_rules! elements {
 }
 
 elements! {
-    f32, f32_mut, f32, DType::F32;
-    bf16, bf16_mut, bf16, DType::BF16;
-    i32, i32_mut, i32, DType::I32;
-    u8, u8_mut, u8, DType::F8E4M3;
+    DType::F32 => f32, f32_mut, f32;
+    DType::BF16 => bf16, bf16_mut, bf16;
+    DType::I32 => i32, i32_mut, i32;
+    DType::F8E4M3 | DType::U8 => u8, u8_mut, u8;
 }

@@ -212,7 +212,7 @@ fn grouped_decode(ctx: &Ctx) {
                     let before = |e: usize| (e.saturating_sub(first)).min(active) * rows;
                     let offsets: Vec<usize> = (0..=E).map(before).collect();
                     let rows = RowsPerExpert::Known(&offsets);
-                    times.push(timed(|| drop(experts(ctx, &x, rows, w).expect("sizes fit"))));
+                    times.push(timed(|| drop(experts(ctx, &x, rows, w, x.dtype()).expect("sizes fit"))));
                     let at = (times.len() * size) % (plain.len() - 2 * size);
                     reads.push(timed(|| read(ctx.pool(), &plain[at..at + 2 * size])) / 2.0);
                 }
@@ -261,7 +261,7 @@ fn prefill(contexts: &[Ctx]) {
             let offsets: Vec<usize> = (0..=16).map(|e| e * rows).collect();
             let rows_of = RowsPerExpert::Known(&offsets);
             let mut times: Vec<f64> =
-                (0..20).map(|_| timed(|| drop(experts(ctx, &x, rows_of, &w).expect("sizes fit")))).collect();
+                (0..20).map(|_| timed(|| drop(experts(ctx, &x, rows_of, &w, x.dtype()).expect("sizes fit")))).collect();
             let time = low(&mut times);
             let flops = (6 * 16 * rows * 1024 * 2048) as f64;
             println!("  {dtype:8} {rows:3} rows each: {:7.1} GF/s", flops / time / 1e9);
@@ -286,7 +286,10 @@ fn pack(pool: &Pool) {
         let arena = Arena::host("weights", Bytes(256 << 20)).expect("memory");
         let mut w = PackedMatrix::empty(&arena, N, K, to).expect("memory");
         for transposed in [false, true] {
-            let src = SourceMatrix { transposed, ..SourceMatrix::new(&bytes, from, N, K) };
+            let src = match transposed {
+                false => SourceMatrix::new(&bytes, from, N, K),
+                true => SourceMatrix::new(&bytes, from, K, N).transposed(),
+            };
             let mut times: Vec<f64> =
                 (0..6).map(|_| timed(|| w.pack_rows(pool, 0, &src).expect("sizes fit"))).collect();
             let time = low(&mut times);

@@ -35,6 +35,7 @@ pub mod matrix;
 pub mod mla;
 pub mod paged;
 pub mod philox;
+pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;

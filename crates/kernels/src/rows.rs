@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use moesaic_device::Ctx;
+use moesaic_device::{Ctx, Tensor};
 
 /// Below this many bytes in and out, starting a region costs more than it saves (a few microseconds against one core's
 /// copying speed).
@@ -86,20 +86,32 @@ pub(crate) fn for_rows2<T: Send, U: Send>(
     });
 }
 
-/// Copies row `source(i)` of `from` to row `i` of `to`, all rows `row_bytes` long.
-pub(crate) fn copy_rows(
-    ctx: &Ctx,
-    from: &[u8],
-    to: &mut [u8],
-    row_bytes: usize,
-    source: impl Fn(usize) -> usize + Sync,
-) {
+/// Copies `source(i)`, of `row_bytes` bytes, to row `i` of `to`.
+pub(crate) fn copy_rows<'a>(ctx: &Ctx, to: &mut [u8], row_bytes: usize, source: impl Fn(usize) -> &'a [u8] + Sync) {
     for_rows(ctx, to, row_bytes, 2 * row_bytes, |first, to| {
         for (i, to) in to.chunks_exact_mut(row_bytes).enumerate() {
-            let start = source(first + i) * row_bytes;
-            to.copy_from_slice(&from[start..start + row_bytes]);
+            to.copy_from_slice(source(first + i));
         }
     });
+}
+
+/// Rows of `row_bytes` bytes that lie in several places.
+pub(crate) struct Sources<'a> {
+    bytes: Vec<&'a [u8]>,
+    row_bytes: usize,
+}
+
+impl<'a> Sources<'a> {
+    /// All matrices of one width and type.
+    pub(crate) fn new(matrices: impl Iterator<Item = &'a Tensor>, row_bytes: usize) -> Sources<'a> {
+        Sources { bytes: matrices.map(Tensor::bytes).collect(), row_bytes }
+    }
+
+    /// Row `row` of matrix `source`.
+    pub(crate) fn row(&self, (source, row): (u32, u32)) -> &'a [u8] {
+        let start = row as usize * self.row_bytes;
+        &self.bytes[source as usize][start..start + self.row_bytes]
+    }
 }
 
 #[cfg(test)]

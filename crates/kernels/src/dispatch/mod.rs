@@ -1,160 +1,149 @@
 //! Tokens are copied to their experts: the rows of one expert lie together, so each expert is one matrix product.
 //!
-//! For each pair (token t, slot a) that is kept, `out[row_of[t, a], :] = x[t, :]`; rows are sorted by expert, then by token.
-//! Rows of expert e are `offsets[e] .. offsets[e + 1]`.
+//! Rows come from several sources: this rank's own, and what other ranks sent. For each pair (row t of source s, expert e)
+//! `out[row_of[s][pair], :] = x[s][t, :]`; rows are sorted by expert, then by source, then in the order of the pairs. Rows of
+//! expert e are `offsets[e] .. offsets[e + 1]`. Which pairs there are [`keep_pairs`] decides.
 //!
 //! | | shape | type |
 //! | --- | --- | --- |
-//! | `x` | `[T, D]` | any |
-//! | `routing` | `[T, A]` | I32, F32 |
-//! | out `x` | `[R, D]` | that of `x` |
-//! | `row_of` | `[T, A]`, -1 where dropped | I32 |
+//! | `x` of each source | `[n, D]`, n its own | any, one for all |
+//! | `pairs` of each source | row below n, expert below E | u32, u32 |
+//! | out `x` | `[R, D]` | that of the sources |
+//! | `row_of` | by source: a row of `x` for each pair | u32 |
 //!
-//! **Capacity.** Of a sequence's n tokens in this step, at most `ceil(factor * A * n / E)` go to one expert. Under
-//! [`DropPolicy::Probs`] the lowest weights lose their place first (among equals the later token), under
-//! [`DropPolicy::Position`] the latest tokens. A sequence is limited by its own tokens only, so the result does not depend
-//! on what else is in the step. Without a capacity R = T A.
-//!
-//! Flops 0. Bytes: routing in, R rows in and out, `row_of` out. On `Meta` nothing is dropped, which is the bound. Exact.
+//! R is the number of pairs. Flops 0. Bytes: R rows in and out, pairs in, `row_of` out. On `Meta`, where routing is not
+//! known, pairs are counted: their bound is R. Exact.
 
-use std::ops::Range;
-
-use moesaic_device::{Ctx, OpCall, Tensor};
-use moesaic_spec::{Capacity, DType, DropPolicy};
+use moesaic_device::{Amount, Ctx, OpCall, Tensor};
 
 use crate::KernelError;
 use crate::contract::{check, require};
-use crate::router::Routing;
-use crate::rows::copy_rows;
+use crate::rows::{Sources, copy_rows};
 
+mod capacity;
 pub mod reference;
+#[cfg(test)]
+mod tests;
+
+pub use capacity::keep_pairs;
 
 const OP: &str = "dispatch";
 
-/// Tokens sorted by expert.
+/// Rows of one origin and where they go.
+pub struct DispatchSource<'a> {
+    /// `[n, D]`.
+    pub x: &'a Tensor,
+    /// Which rows go to which expert; a row may go to several, or to none.
+    pub pairs: Pairs<'a>,
+}
+
+/// The pairs of a source.
+#[derive(Clone, Copy, Debug)]
+pub enum Pairs<'a> {
+    /// Row of the source, expert.
+    Known(&'a [(u32, u32)]),
+    /// Not decided yet (on `Meta`): how many there are.
+    Counted(Amount),
+}
+
+/// Rows sorted by expert.
 pub struct Dispatched {
     /// `[R, D]`.
     pub x: Tensor,
     /// Where each expert's rows start, and the end: E + 1 numbers. Empty on `Meta`.
     pub offsets: Vec<usize>,
-    /// The row in `x` of each pair, or -1: I32 `[T, A]`.
-    pub row_of: Tensor,
-    /// Pairs that lost their place.
-    pub dropped: usize,
+    /// By source: the row in `x` of each pair. Empty on `Meta`.
+    pub row_of: Vec<Vec<u32>>,
 }
 
-impl Dispatched {
-    /// Whether only shapes are known (R is then its bound, T A).
-    pub fn is_meta(&self) -> bool {
-        self.x.is_meta()
+/// Sorts the rows of all sources by expert.
+pub fn dispatch(ctx: &Ctx, sources: &[DispatchSource], num_experts: usize) -> Result<Dispatched, KernelError> {
+    let d = check_sources(ctx, sources, num_experts)?;
+    let dtype = sources[0].x.dtype();
+    let count = sources.iter().map(|source| match source.pairs {
+        Pairs::Known(pairs) => Amount::exact(pairs.len() as u64),
+        Pairs::Counted(count) => count,
+    });
+    let count = count.fold(Amount::exact(0), |sum, count| Amount {
+        expected: sum.expected + count.expected,
+        bound: sum.bound + count.bound,
+    });
+    let (r, row_bytes) = (count.bound as usize, d * dtype.size_bytes());
+    ctx.record(|| {
+        let pair_bytes = 2 * row_bytes + 12;
+        let expected = count.expected * pair_bytes as f64;
+        let bytes = Amount { expected, bound: count.bound * pair_bytes as u64 };
+        OpCall { bytes, ..OpCall::compute(OP, &[("R", r), ("E", num_experts), ("D", d)], 0, 0) }
+    });
+    let mut x = ctx.empty(&[r, d], dtype)?;
+    if ctx.is_meta() {
+        return Ok(Dispatched { x, offsets: Vec::new(), row_of: Vec::new() });
     }
+    let pairs: Vec<&[(u32, u32)]> = sources.iter().map(|source| known(source.pairs)).collect();
+    let Sorted { offsets, row_of, origins } = sort_by_expert(&pairs, num_experts);
+    let rows = Sources::new(sources.iter().map(|source| source.x), row_bytes);
+    copy_rows(ctx, x.bytes_mut(), row_bytes, |row| rows.row(origins[row]));
+    Ok(Dispatched { x, offsets, row_of })
 }
 
-/// Sorts the rows of `x` by expert. `capacity` comes with the rows of each sequence, which must tile `0..T` in order.
-pub fn dispatch(
-    ctx: &Ctx,
-    x: &Tensor,
-    routing: &Routing,
-    num_experts: usize,
-    capacity: Option<(&Capacity, &[Range<usize>])>,
-) -> Result<Dispatched, KernelError> {
-    let rank2 = x.dims().len() == 2 && x.dims()[1] > 0;
-    require(rank2, OP, "x", || "[T, D]".into(), || format!("{:?}", x.dims()))?;
-    let (t, d) = x.dims2();
-    let a = routing.topk_idx.dims().last().copied().unwrap_or(0);
-    require(a > 0, OP, "topk_idx", || "[T, A]".into(), || format!("{:?}", routing.topk_idx.dims()))?;
-    check(OP, "topk_idx", &routing.topk_idx, &[t, a], DType::I32)?;
-    check(OP, "topk_weights", &routing.topk_weights, &[t, a], DType::F32)?;
+/// Checks what goes in; the width of all sources.
+fn check_sources(ctx: &Ctx, sources: &[DispatchSource], num_experts: usize) -> Result<usize, KernelError> {
     require(num_experts > 0, OP, "num_experts", || "at least 1".into(), || num_experts.to_string())?;
-    if let Some((capacity, seqs)) = capacity {
-        check_capacity(capacity, seqs, t)?;
-    }
-    let mut row_of = ctx.empty(&[t, a], DType::I32)?;
-    let (offsets, tokens) = if ctx.is_meta() {
-        (Vec::new(), Vec::new())
-    } else {
-        row_of.i32_mut().copy_from_slice(routing.topk_idx.i32());
-        if let Some((capacity, seqs)) = capacity {
-            let weights = routing.topk_weights.f32();
-            seqs.iter().for_each(|seq| drop_overflow(capacity, seq, num_experts, (row_of.i32_mut(), weights, a)));
+    require(!sources.is_empty(), OP, "sources", || "at least 1".into(), || "0".into())?;
+    let first = sources[0].x;
+    let rank2 = first.dims().len() == 2 && first.dims()[1] > 0;
+    require(rank2, OP, "x", || "[n, D]".into(), || format!("{:?}", first.dims()))?;
+    let (_, d) = first.dims2();
+    for DispatchSource { x, pairs } in sources {
+        let n = x.dims().first().copied().unwrap_or(0);
+        check(OP, "x", x, &[n, d], first.dtype())?;
+        match pairs {
+            Pairs::Known(pairs) => {
+                let wrong = pairs.iter().find(|(row, expert)| *row as usize >= n || *expert as usize >= num_experts);
+                let expected = || format!("a row below {n} and an expert below {num_experts}");
+                require(wrong.is_none(), OP, "pair", expected, || format!("{:?}", wrong.expect("found")))?;
+            }
+            Pairs::Counted(_) => {
+                require(ctx.is_meta(), OP, "pairs", || "known".into(), || "counted".into())?;
+            }
         }
-        sort_by_expert(row_of.i32_mut(), num_experts, a)
-    };
-    let r = if ctx.is_meta() { t * a } else { tokens.len() };
-    let row_bytes = d * x.dtype().size_bytes();
-    let dims = [("T", t), ("A", a), ("E", num_experts), ("D", d)];
-    ctx.record(|| OpCall::compute(OP, &dims, 0, (2 * r * row_bytes + 12 * t * a) as u64));
-    let mut sorted = ctx.empty(&[r, d], x.dtype())?;
-    if !ctx.is_meta() {
-        copy_rows(ctx, x.bytes(), sorted.bytes_mut(), row_bytes, |row| tokens[row] as usize);
     }
-    Ok(Dispatched { x: sorted, offsets, row_of, dropped: t * a - r })
+    Ok(d)
 }
 
-fn check_capacity(capacity: &Capacity, seqs: &[Range<usize>], t: usize) -> Result<(), KernelError> {
-    let factor = capacity.factor;
-    let ok = factor.is_finite() && factor > 0.0;
-    require(ok, OP, "capacity factor", || "a number above 0".into(), || factor.to_string())?;
-    let mut end = 0;
-    let tiled = seqs.iter().all(|seq| seq.start == std::mem::replace(&mut end, seq.end) && seq.start <= seq.end);
-    require(
-        tiled && end == t,
-        OP,
-        "seqs",
-        || format!("ranges that follow each other from 0 to {t}"),
-        || format!("{seqs:?}"),
-    )
-}
-
-/// How many of a sequence's `n` tokens may go to one expert.
-pub(crate) fn places(factor: f32, a: usize, n: usize, e: usize) -> usize {
-    (f64::from(factor) * (a * n) as f64 / e as f64).ceil() as usize
-}
-
-/// Marks with -1 the pairs of one sequence that find their expert full. `expert_of` and `weights` are `[T, A]`.
-fn drop_overflow(
-    capacity: &Capacity,
-    seq: &Range<usize>,
-    num_experts: usize,
-    (expert_of, weights, a): (&mut [i32], &[f32], usize),
-) {
-    let places = places(capacity.factor, a, seq.len(), num_experts);
-    let mut takers: Vec<Vec<usize>> = vec![Vec::new(); num_experts];
-    for pair in seq.start * a..seq.end * a {
-        takers[expert_idx(expert_of[pair], num_experts)].push(pair);
-    }
-    for takers in takers.iter_mut().filter(|takers| takers.len() > places) {
-        // Pairs are in the order of tokens, and the sort is stable: among equals the later one loses.
-        if capacity.policy == DropPolicy::Probs {
-            let rank = |pair: usize| if weights[pair].is_nan() { f32::NEG_INFINITY } else { weights[pair] };
-            takers.sort_by(|&x, &y| rank(y).total_cmp(&rank(x)));
-        }
-        takers[places..].iter().for_each(|&pair| expert_of[pair] = -1);
+fn known<'a>(pairs: Pairs<'a>) -> &'a [(u32, u32)] {
+    match pairs {
+        Pairs::Known(pairs) => pairs,
+        Pairs::Counted(_) => unreachable!("checked: only Meta counts"),
     }
 }
 
-/// Turns the expert of each pair into its row, in place; returns the offsets and the token of each row.
-fn sort_by_expert(row_of: &mut [i32], num_experts: usize, a: usize) -> (Vec<usize>, Vec<u32>) {
+struct Sorted {
+    offsets: Vec<usize>,
+    /// By source: the row of each pair.
+    row_of: Vec<Vec<u32>>,
+    /// Of each row: its source and its row there.
+    origins: Vec<(u32, u32)>,
+}
+
+/// A counting sort, stable over sources and pairs.
+fn sort_by_expert(sources: &[&[(u32, u32)]], num_experts: usize) -> Sorted {
     let mut offsets = vec![0usize; num_experts + 1];
-    for &expert in row_of.iter().filter(|&&expert| expert != -1) {
-        offsets[expert_idx(expert, num_experts) + 1] += 1;
+    for &(_, expert) in sources.iter().copied().flatten() {
+        offsets[expert as usize + 1] += 1;
     }
     (0..num_experts).for_each(|e| offsets[e + 1] += offsets[e]);
     let mut next = offsets.clone();
-    let mut tokens = vec![0u32; offsets[num_experts]];
-    for (pair, row) in row_of.iter_mut().enumerate().filter(|(_, row)| **row != -1) {
-        let place = &mut next[*row as usize];
-        tokens[*place] = (pair / a) as u32;
-        *row = *place as i32;
-        *place += 1;
-    }
-    (offsets, tokens)
+    let mut origins = vec![(0, 0); offsets[num_experts]];
+    let row_of = sources.iter().enumerate().map(|(source, pairs)| {
+        let places = pairs.iter().map(|&(row, expert)| {
+            let place = &mut next[expert as usize];
+            origins[*place] = (source as u32, row);
+            *place += 1;
+            *place as u32 - 1
+        });
+        places.collect()
+    });
+    let row_of = row_of.collect();
+    Sorted { offsets, row_of, origins }
 }
-
-fn expert_idx(expert: i32, num_experts: usize) -> usize {
-    assert!((0..num_experts as i32).contains(&expert), "the router chose expert {expert} of {num_experts}");
-    expert as usize
-}
-
-#[cfg(test)]
-mod tests;

@@ -29,15 +29,15 @@ pub fn kept(
     kept
 }
 
-/// Offsets `[E + 1]`, token of each row `[R]` and row of each pair `[T, A]`.
-pub fn sort(idx: &[i32], kept: &[bool], a: usize, num_experts: usize) -> (Vec<usize>, Vec<usize>, Vec<i32>) {
-    let (mut offsets, mut tokens, mut row_of) = (vec![0], Vec::new(), vec![-1; idx.len()]);
-    for expert in 0..num_experts {
-        for pair in (0..idx.len()).filter(|&pair| kept[pair] && idx[pair] == expert as i32) {
-            row_of[pair] = tokens.len() as i32;
-            tokens.push(pair / a);
+/// Offsets `[E + 1]`, and of each row the source and the pair there.
+pub fn sort(sources: &[&[(u32, u32)]], num_experts: usize) -> (Vec<usize>, Vec<(usize, usize)>) {
+    let (mut offsets, mut rows) = (vec![0], Vec::new());
+    for expert in 0..num_experts as u32 {
+        for (source, pairs) in sources.iter().enumerate() {
+            let taken = (0..pairs.len()).filter(|&pair| pairs[pair].1 == expert);
+            rows.extend(taken.map(|pair| (source, pair)));
         }
-        offsets.push(tokens.len());
+        offsets.push(rows.len());
     }
-    (offsets, tokens, row_of)
+    (offsets, rows)
 }

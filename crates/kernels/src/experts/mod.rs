@@ -1,8 +1,9 @@
 //! A grouped MLP: `y [R, D] = act(x [R, D] · gate_upᵀ) · downᵀ`, each row by its own expert.
 //!
 //! Rows are sorted by expert; expert `e` has rows `offsets[e]..offsets[e + 1]`, possibly none. A dense MLP and shared
-//! experts are this op with one expert. Everything between is in the compute type of the weights: x, the hidden values
-//! (rounded once, after the activation, which is computed in F32) and y. The order of the sums is that of
+//! experts are this op with one expert. x and the hidden values (rounded once, after the activation, which is computed in
+//! F32) are in the compute type of the weights. y is F32 or BF16: where experts are cut by their hidden width, y is one
+//! rank's part of a sum, and parts are asked for in F32, so that only the sum is rounded. The order of the sums is that of
 //! [`matrix`](crate::matrix).
 //!
 //! The activation is the sink of the first product: gate and up are never stored.
@@ -19,6 +20,7 @@ use moesaic_spec::DType;
 
 use crate::KernelError;
 use crate::contract::{check, require};
+use crate::linear::check_out;
 use crate::matrix::product::{self, Columns, Done, Job, Operand, Out, OutRow, padded};
 use crate::matrix::{PackedMatrix, TILE_N, round_bf16};
 
@@ -34,25 +36,34 @@ const OP: &str = "experts";
 pub enum RowsPerExpert<'a> {
     /// Expert `e` has rows `offsets[e]..offsets[e + 1]`: `E + 1` ascending numbers from 0 to `R`.
     Known(&'a [usize]),
-    /// Not decided yet (on `Meta`): each of `num_tokens` tokens is sent to `top_k` different experts, uniformly; `R` is
-    /// their product.
+    /// Not decided yet (on `Meta`): each of `num_tokens` tokens is sent to `top_k` different ones of a layer's experts,
+    /// uniformly. Of these the op has E; `R` is its bound, `num_tokens * min(top_k, E)`.
     Uniform {
-        /// Tokens of the step.
+        /// Tokens that may come.
         num_tokens: usize,
         /// Experts of a token.
         top_k: usize,
+        /// Experts of the layer, wherever they are.
+        num_experts: usize,
     },
 }
 
-/// The grouped MLP.
-pub fn experts(ctx: &Ctx, x: &Tensor, rows: RowsPerExpert, w: &ExpertWeights) -> Result<Tensor, KernelError> {
+/// The grouped MLP, `y` as `out_dtype`.
+pub fn experts(
+    ctx: &Ctx,
+    x: &Tensor,
+    rows: RowsPerExpert,
+    w: &ExpertWeights,
+    out_dtype: DType,
+) -> Result<Tensor, KernelError> {
     let (d, f, dtype) = w.shape()?;
     let (num_experts, r) = (w.experts.len(), x.dims().first().copied().unwrap_or(0));
     let compute = dtype.compute();
     check(OP, "x", x, &[r, d], compute)?;
+    check_out(OP, out_dtype)?;
     check_rows(ctx, rows, num_experts, r)?;
-    ctx.record(|| call(rows, w, r, (d, f, dtype)));
-    let mut y = ctx.empty(&[r, d], compute)?;
+    ctx.record(|| call(rows, w, r, out_dtype));
+    let mut y = ctx.empty(&[r, d], out_dtype)?;
     let h_width = padded(f, compute);
     let mut h = ctx.empty(&[r, h_width], compute)?;
     let copy = product::padded_copy(ctx, x.into(), 1, 0, d)?;
@@ -99,31 +110,37 @@ fn check_rows(ctx: &Ctx, rows: RowsPerExpert, num_experts: usize, r: usize) -> R
             let expected = || format!("{} ascending from 0 to {r}", num_experts + 1);
             require(ok, OP, "offsets", expected, || format!("{offsets:?}"))
         }
-        RowsPerExpert::Uniform { num_tokens, top_k } => {
+        RowsPerExpert::Uniform { num_tokens, top_k, num_experts: all } => {
             require(ctx.is_meta(), OP, "rows of each expert", || "known".into(), || "uniform".into())?;
-            let expected = || format!("{r} rows, at most {num_experts} experts a token");
-            let ok = top_k <= num_experts && num_tokens.checked_mul(top_k) == Some(r);
-            require(ok, OP, "tokens and experts a token", expected, || format!("{num_tokens} and {top_k}"))
+            let ok = num_experts <= all && top_k <= all && num_tokens.checked_mul(top_k.min(num_experts)) == Some(r);
+            let expected = || format!("{r} rows, at least {num_experts} experts, at most all of them a token");
+            let got = || format!("{num_tokens} and {top_k} of {all}");
+            require(ok, OP, "tokens and experts a token", expected, got)
         }
     }
 }
 
 /// Weights of experts that have rows are read once; x, the hidden values (written and read) and y.
-fn call(rows: RowsPerExpert, w: &ExpertWeights, r: usize, (d, f, dtype): (usize, usize, DType)) -> OpCall {
+fn call(rows: RowsPerExpert, w: &ExpertWeights, r: usize, out_dtype: DType) -> OpCall {
     let num_experts = w.experts.len();
-    let active = match rows {
+    let (d, f, compute) = (w.experts[0].d(), w.experts[0].f(), w.experts[0].dtype().compute());
+    let (active, rows) = match rows {
         RowsPerExpert::Known(offsets) => {
-            Amount::exact(offsets.windows(2).filter(|pair| pair[0] < pair[1]).count() as u64)
+            let active = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count();
+            (Amount::exact(active as u64), Amount::exact(r as u64))
         }
-        RowsPerExpert::Uniform { num_tokens, top_k } => {
-            let unused = 1.0 - top_k as f64 / num_experts as f64;
-            let expected = num_experts as f64 * (1.0 - unused.powi(num_tokens.min(i32::MAX as usize) as i32));
-            Amount { expected, bound: num_experts.min(num_tokens.saturating_mul(top_k)) as u64 }
+        RowsPerExpert::Uniform { num_tokens, top_k, num_experts: all } => {
+            let share = top_k as f64 / all as f64;
+            let expected = num_experts as f64 * (1.0 - (1.0 - share).powi(num_tokens.min(i32::MAX as usize) as i32));
+            let active = Amount { expected, bound: num_experts.min(num_tokens.saturating_mul(top_k)) as u64 };
+            let expected = (num_tokens * top_k) as f64 * num_experts as f64 / all as f64;
+            (active, Amount { expected, bound: r as u64 })
         }
     };
     let weight = w.experts[0].size_bytes().0;
-    let values = (r * (2 * d + 2 * f) * dtype.compute().size_bytes()) as u64;
+    let row_bytes = ((d + 2 * f) * compute.size_bytes() + d * out_dtype.size_bytes()) as u64;
     let matrices = if w.activation == Activation::SwiGlu { 3 } else { 2 };
+    let row_flops = 2 * matrices * (d * f) as u64;
     OpCall {
         op: OP,
         dims: vec![
@@ -133,10 +150,10 @@ fn call(rows: RowsPerExpert, w: &ExpertWeights, r: usize, (d, f, dtype): (usize,
             ("E", num_experts as u64),
             ("active", active.bound),
         ],
-        flops: Amount::exact(2 * matrices * r as u64 * (d * f) as u64),
+        flops: Amount { expected: rows.expected * row_flops as f64, bound: rows.bound * row_flops },
         bytes: Amount {
-            expected: active.expected * weight as f64 + values as f64,
-            bound: active.bound * weight + values,
+            expected: active.expected * weight as f64 + rows.expected * row_bytes as f64,
+            bound: active.bound * weight + rows.bound * row_bytes,
         },
         stream: Stream::Compute,
         peer: None,

@@ -69,6 +69,27 @@ pub const fn to_f32(code: u8) -> f32 {
     f32::from_bits((to_bf16(code) as u32) << 16)
 }
 
+/// Greatest finite value.
+pub const MAX: f32 = 448.0;
+
+/// The nearest code, ties to the even one; beyond ±448 that of ±448, infinities too; NaN stays NaN. Without branches, so
+/// that loops become vector instructions.
+#[inline(always)]
+pub fn from_f32(value: f32) -> u8 {
+    let bits = value.to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    // Three bits of mantissa stay of 23; the carry of rounding moves on into the exponent.
+    let rounded = magnitude.wrapping_add(0x7_ffff + (magnitude >> 20 & 1)) >> 20;
+    let normal = rounded.wrapping_sub(120 << 3);
+    // Below 2^-6 values are multiples of 2^-9, which is the last place of a sum with 2^14: the addition rounds.
+    let shift = (1u32 << 14) as f32;
+    let subnormal = (f32::from_bits(magnitude) + shift).to_bits().wrapping_sub(shift.to_bits());
+    let code = if magnitude < (121 << 23) { subnormal } else { normal };
+    let code = if magnitude >= MAX.to_bits() { 0x7e } else { code };
+    let code = if magnitude > 0x7f80_0000 { 0x7f } else { code };
+    code as u8 | (bits >> 24) as u8 & 0x80
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,6 +118,49 @@ mod tests {
             for k in 0..32 {
                 assert!(!std::mem::replace(&mut seen[offset_in_tile(lane, k)], true));
             }
+        }
+    }
+
+    #[test]
+    fn every_code_comes_back_and_every_midpoint_goes_to_the_even_one() {
+        for code in 0..=255u8 {
+            let back = from_f32(to_f32(code));
+            assert_eq!(back, code, "{code:#x}");
+        }
+        for sign in [1.0, -1.0] {
+            let coded = |x: f32| from_f32(sign * x);
+            let expected = |code: u8| if sign < 0.0 { code | 0x80 } else { code };
+            for low in 0..0x7e {
+                // Exact: neighbours differ in the last of four bits.
+                let middle = (to_f32(low) + to_f32(low + 1)) / 2.0;
+                assert_eq!(coded(middle), expected(low + low % 2), "{middle}");
+                assert_eq!(coded(middle.next_up()), expected(low + 1), "above {middle}");
+                assert_eq!(coded(middle.next_down()), expected(low), "below {middle}");
+            }
+            for large in [448.0, 448.0f32.next_up(), 464.0, 480.0, 1e9, f32::MAX, f32::INFINITY] {
+                assert_eq!(coded(large), expected(0x7e), "{large}");
+            }
+            for small in [0.0, f32::from_bits(1), f32::MIN_POSITIVE, 2f32.powi(-10)] {
+                assert_eq!(coded(small), expected(0), "{small:e}");
+            }
+            assert_eq!(coded(f32::NAN) & 0x7f, 0x7f);
+        }
+    }
+
+    #[test]
+    fn any_value_gets_a_nearest_code() {
+        for bits in (0..=u32::MAX).step_by(65_521) {
+            let value = f32::from_bits(bits);
+            let got = from_f32(value);
+            if value.is_nan() {
+                assert_eq!(got & 0x7f, 0x7f);
+                continue;
+            }
+            let clamped = f64::from(value.clamp(-MAX, MAX));
+            let distance = |code: u8| (f64::from(to_f32(code)) - clamped).abs();
+            let finite = (0..=255u8).filter(|code| code & 0x7f != 0x7f);
+            let best = finite.map(distance).fold(f64::INFINITY, f64::min);
+            assert_eq!(distance(got), best, "{value:e}: {got:#x}");
         }
     }
 }

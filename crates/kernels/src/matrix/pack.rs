@@ -21,7 +21,8 @@ pub(crate) struct Placement {
 impl PackedMatrix {
     /// Packs all rows of `src` as rows `dst_row..` of this matrix, converting its elements: to F32 and BF16 from all four
     /// source types (rounded to nearest even, scales applied); to F8 E4M3 only from F8 E4M3, whose scales are kept, so
-    /// their blocks must be 128 columns wide. Other rows stay as they are.
+    /// their blocks must be 128 columns wide and the source must begin with the first column of one. Other rows stay as they
+    /// are.
     pub fn pack_rows(&mut self, pool: &Pool, dst_row: usize, src: &SourceMatrix) -> Result<(), KernelError> {
         let placement = Placement { first: dst_row, panel_step: 1, panel_offset: 0 };
         let fits = dst_row.checked_add(src.rows).is_some_and(|end| end <= self.n());
@@ -46,6 +47,8 @@ impl PackedMatrix {
             require(ok, OP, "source of an F8_E4M3 matrix", || "F8_E4M3".into(), || src.dtype.to_string())?;
             let width = src.scales.map_or(SCALE_K, |s| s.block[1]);
             require(width == SCALE_K, OP, "scale block's columns", || SCALE_K.to_string(), || width.to_string())?;
+            let first = src.scales.map_or(0, |s| s.first[1]);
+            require(first == 0, OP, "first column in its scale block", || "0".into(), || first.to_string())?;
         }
         if self.is_meta() || rows.is_empty() {
             return Ok(());

@@ -1,4 +1,6 @@
-//! Weights as a checkpoint holds them.
+//! Weights as a checkpoint holds them, whole or in part.
+
+use std::ops::Range;
 
 use moesaic_spec::DType;
 
@@ -6,7 +8,7 @@ use super::{OP, TILE_K, fp8};
 use crate::KernelError;
 use crate::contract::require;
 
-/// A matrix `[rows, cols]` in a checkpoint's bytes: little endian, dense, at any alignment.
+/// A matrix `[rows, cols]` in a checkpoint's bytes, or some rows and columns of one: little endian, at any alignment.
 #[derive(Clone, Copy)]
 pub struct SourceMatrix<'a> {
     /// The elements.
@@ -19,6 +21,8 @@ pub struct SourceMatrix<'a> {
     pub cols: usize,
     /// The bytes are those of the transpose, `[cols, rows]`.
     pub transposed: bool,
+    /// Elements between the end of one stored row and the start of the next: those of columns that are left out.
+    pub gap: usize,
     /// F8 E4M3 only: the factors of its blocks.
     pub scales: Option<BlockScales<'a>>,
 }
@@ -30,17 +34,50 @@ pub struct BlockScales<'a> {
     pub factors: &'a [f32],
     /// Rows and columns of a block, 128 × 128 in DeepSeek's checkpoints.
     pub block: [usize; 2],
+    /// The row and column of the first block that the matrix begins with: not 0 where it was cut inside a block.
+    pub first: [usize; 2],
+    /// Factors between the end of one row of blocks and the start of the next.
+    pub gap: usize,
+}
+
+impl<'a> BlockScales<'a> {
+    /// The factors of a whole matrix.
+    pub fn new(factors: &'a [f32], block: [usize; 2]) -> BlockScales<'a> {
+        BlockScales { factors, block, first: [0, 0], gap: 0 }
+    }
+
+    /// Rows and columns of blocks that a matrix of this size touches.
+    fn blocks(&self, rows: usize, cols: usize) -> [usize; 2] {
+        [(self.first[0] + rows).div_ceil(self.block[0]), (self.first[1] + cols).div_ceil(self.block[1])]
+    }
+
+    /// The factors of some rows and columns of a matrix with `num_cols` columns.
+    fn range(&self, rows: &Range<usize>, cols: &Range<usize>, num_cols: usize) -> BlockScales<'a> {
+        let stride = self.blocks(0, num_cols)[1] + self.gap;
+        let start = [self.first[0] + rows.start, self.first[1] + cols.start];
+        let skipped = [start[0] / self.block[0], start[1] / self.block[1]];
+        let mut part = BlockScales { first: [start[0] % self.block[0], start[1] % self.block[1]], ..*self };
+        let [block_rows, block_cols] = part.blocks(rows.len(), cols.len());
+        part.gap = stride - block_cols;
+        part.factors = &self.factors[skipped[0] * stride + skipped[1]..][..strided(block_rows, block_cols, stride)];
+        part
+    }
+}
+
+/// Elements from the first to the last of a matrix.
+fn strided(rows: usize, cols: usize, stride: usize) -> usize {
+    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * stride + cols }
 }
 
 impl<'a> SourceMatrix<'a> {
     /// A plain matrix.
     pub fn new(bytes: &'a [u8], dtype: DType, rows: usize, cols: usize) -> SourceMatrix<'a> {
-        SourceMatrix { bytes, dtype, rows, cols, transposed: false, scales: None }
+        SourceMatrix { bytes, dtype, rows, cols, transposed: false, gap: 0, scales: None }
     }
 
     /// The same elements with the factors of their blocks.
     pub fn with_scales(self, factors: &'a [f32], block: [usize; 2]) -> SourceMatrix<'a> {
-        SourceMatrix { scales: Some(BlockScales { factors, block }), ..self }
+        SourceMatrix { scales: Some(BlockScales::new(factors, block)), ..self }
     }
 
     /// The transpose of what these bytes hold.
@@ -48,12 +85,45 @@ impl<'a> SourceMatrix<'a> {
         SourceMatrix { rows: self.cols, cols: self.rows, transposed: !self.transposed, ..self }
     }
 
-    /// Some rows of a matrix that is neither transposed nor scaled.
-    pub fn row_range(&self, rows: std::ops::Range<usize>) -> SourceMatrix<'a> {
-        assert!(!self.transposed && self.scales.is_none() && rows.end <= self.rows, "rows {rows:?} of a plain matrix");
-        let row_bytes = self.cols * self.dtype.size_bytes();
-        let bytes = &self.bytes[rows.start * row_bytes..rows.end * row_bytes];
-        SourceMatrix { bytes, rows: rows.len(), ..*self }
+    /// Some rows of a matrix that is not transposed.
+    pub fn row_range(&self, rows: Range<usize>) -> SourceMatrix<'a> {
+        self.range(rows, 0..self.cols)
+    }
+
+    /// Some columns of a matrix that is not transposed. A scaled part that is to stay in F8 E4M3 must begin with a block
+    /// ([`PackedMatrix::pack_rows`](super::PackedMatrix::pack_rows)); rows may be cut anywhere.
+    pub fn col_range(&self, cols: Range<usize>) -> SourceMatrix<'a> {
+        self.range(0..self.rows, cols)
+    }
+
+    fn range(&self, rows: Range<usize>, cols: Range<usize>) -> SourceMatrix<'a> {
+        let inside = rows.start <= rows.end && rows.end <= self.rows && cols.start <= cols.end && cols.end <= self.cols;
+        assert!(!self.transposed && inside, "rows {rows:?}, columns {cols:?} of a matrix that is not transposed");
+        let (stride, size) = (self.cols + self.gap, self.dtype.size_bytes());
+        let len = strided(rows.len(), cols.len(), stride);
+        let start = if len == 0 { 0 } else { rows.start * stride + cols.start };
+        SourceMatrix {
+            bytes: &self.bytes[start * size..(start + len) * size],
+            rows: rows.len(),
+            cols: cols.len(),
+            gap: stride - cols.len(),
+            scales: self.scales.map(|scales| scales.range(&rows, &cols, self.cols)),
+            ..*self
+        }
+    }
+
+    /// Elements from one stored row to the next.
+    #[inline(always)]
+    fn stride(&self) -> usize {
+        self.gap + if self.transposed { self.rows } else { self.cols }
+    }
+
+    /// The bytes of each stored row.
+    pub fn stored_rows(&self) -> impl Iterator<Item = &'a [u8]> {
+        let size = self.dtype.size_bytes();
+        let (rows, cols) = if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) };
+        let (bytes, stride) = (self.bytes, self.stride());
+        (0..rows).map(move |row| &bytes[row * stride * size..][..cols * size])
     }
 
     /// All elements in order, widened, scales applied. `out` has `rows * cols` elements.
@@ -72,21 +142,27 @@ impl<'a> SourceMatrix<'a> {
     pub(super) fn check(&self) -> Result<(), KernelError> {
         let known = matches!(self.dtype, DType::F32 | DType::BF16 | DType::F16 | DType::F8E4M3);
         require(known, OP, "source type", || "F32, BF16, F16 or F8_E4M3".into(), || self.dtype.to_string())?;
-        let bytes = self.rows.checked_mul(self.cols).and_then(|n| n.checked_mul(self.dtype.size_bytes()));
+        let (rows, cols) = if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) };
+        let stride = cols.checked_add(self.gap);
+        let elements = stride.and_then(|stride| rows.checked_mul(stride)).map(|_| strided(rows, cols, self.stride()));
+        let bytes = elements.and_then(|n| n.checked_mul(self.dtype.size_bytes()));
         let expected = || format!("{} [{}, {}]", self.dtype, self.rows, self.cols);
         require(bytes == Some(self.bytes.len()), OP, "source", expected, || format!("{} bytes", self.bytes.len()))?;
         let Some(scales) = self.scales else { return Ok(()) };
         let [rows, cols] = scales.block;
         require(self.dtype == DType::F8E4M3, OP, "scaled source", || "F8_E4M3".into(), || self.dtype.to_string())?;
         require(rows > 0 && cols > 0, OP, "scale block", || "at least 1 × 1".into(), || format!("{rows} × {cols}"))?;
-        let count = self.rows.div_ceil(rows) * self.cols.div_ceil(cols);
+        let [block_rows, block_cols] = scales.blocks(self.rows, self.cols);
+        let count = strided(block_rows, block_cols, block_cols + scales.gap);
         let got = || scales.factors.len().to_string();
         require(scales.factors.len() == count, OP, "scales", || count.to_string(), got)
     }
 
     /// The factor of an element; 1 where there are none.
     pub(super) fn scale(&self, row: usize, col: usize) -> f32 {
-        self.scales.map_or(1.0, |s| s.factors[row / s.block[0] * self.cols.div_ceil(s.block[1]) + col / s.block[1]])
+        let Some(s) = self.scales else { return 1.0 };
+        let stride = s.blocks(0, self.cols)[1] + s.gap;
+        s.factors[(s.first[0] + row) / s.block[0] * stride + (s.first[1] + col) / s.block[1]]
     }
 
     /// Converts `len` elements of `row` from `col` on; zeros follow. The fixed width makes this a few vector instructions.
@@ -100,11 +176,11 @@ impl<'a> SourceMatrix<'a> {
         let mut raw = [[0; SIZE]; TILE_K];
         if self.transposed {
             for (i, raw) in raw[..len].iter_mut().enumerate() {
-                let at = ((col + i) * self.rows + row) * SIZE;
+                let at = ((col + i) * self.stride() + row) * SIZE;
                 raw.copy_from_slice(&self.bytes[at..at + SIZE]);
             }
         } else {
-            let at = (row * self.cols + col) * SIZE;
+            let at = (row * self.stride() + col) * SIZE;
             let raw = raw.as_flattened_mut();
             if len == TILE_K {
                 raw.copy_from_slice(&self.bytes[at..at + TILE_K * SIZE]);
@@ -129,7 +205,7 @@ impl<'a> SourceMatrix<'a> {
                 let Some(scales) = self.scales else { return };
                 let (mut from, width) = (0, scales.block[1]);
                 while from < len {
-                    let to = len.min((col + from) / width * width + width - col);
+                    let to = len.min(from + width - (scales.first[1] + col + from) % width);
                     let factor = self.scale(row, col + from);
                     out[from..to].iter_mut().for_each(|out| *out *= factor);
                     from = to;
@@ -146,7 +222,7 @@ impl<'a> SourceMatrix<'a> {
                 return self.each(at, out, |b| flush_bf16(u16::from_le_bytes(b)));
             }
             // What loading is mostly made of: a copy and two vector instructions.
-            let start = (at.0 * self.cols + at.1) * 2;
+            let start = (at.0 * self.stride() + at.1) * 2;
             let bytes: &[u8; 2 * TILE_K] = self.bytes[start..start + 2 * TILE_K].try_into().expect("a row of a tile");
             // SAFETY: any 64 bytes are 32 words; both arrays have this size.
             let words: [u16; TILE_K] = unsafe { std::mem::transmute_copy(bytes) };

@@ -63,7 +63,7 @@ impl Random {
         let factors: Vec<f32> = (0..n.div_ceil(128) * k.div_ceil(128)).map(|_| self.value() / 64.0).collect();
         let mut src = SourceMatrix::new(&bytes, dtype, n, k);
         if dtype == DType::F8E4M3 {
-            src.scales = Some(BlockScales { factors: &factors, block: [128, 128] });
+            src.scales = Some(BlockScales::new(&factors, [128, 128]));
         }
         w.pack_rows(&Pool::new(1).unwrap(), 0, &src).unwrap();
         w

@@ -46,7 +46,7 @@ fn what_is_packed_is_read_back() {
             let block = [random.below(20) + 1, if to == DType::F8E4M3 { 128 } else { random.below(140) + 1 }];
             let factors: Vec<f32> =
                 (0..rows.div_ceil(block[0]) * k.div_ceil(block[1])).map(|_| random.value()).collect();
-            let scales = (dtype == DType::F8E4M3).then_some(BlockScales { factors: &factors, block });
+            let scales = (dtype == DType::F8E4M3).then_some(BlockScales::new(&factors, block));
             let src = SourceMatrix { transposed, scales, ..SourceMatrix::new(&bytes[1..], dtype, rows, k) };
             w.pack_rows(&pool, first, &src).unwrap();
             first += rows;
@@ -62,6 +62,51 @@ fn what_is_packed_is_read_back() {
         for (row, expected) in expected.iter().enumerate() {
             w.row_to_f32(row, &mut got);
             assert_eq!(&got, expected, "{dtype} → {to} [{n}, {k}] row {row}, transposed: {transposed}");
+        }
+    }
+}
+
+/// Any rows and columns are those elements of the whole, cut twice as well; F8 E4M3 stays what it is where blocks begin.
+#[test]
+fn a_part_packs_as_the_same_part_of_the_whole() {
+    let mut random = Random::new(12);
+    let pool = Pool::new(2).unwrap();
+    for i in 0..150 {
+        let dtype = [DType::F32, DType::BF16, DType::F16, DType::F8E4M3][i % 4];
+        let (rows, cols) = (random.below(60) + 1, random.below(400) + 1);
+        let bytes = random.bytes(rows * cols, dtype);
+        let keeps_f8 = dtype == DType::F8E4M3 && random.below(2) == 0;
+        let block = [random.below(20) + 1, if keeps_f8 { 128 } else { random.below(140) + 1 }];
+        let factors: Vec<f32> =
+            (0..rows.div_ceil(block[0]) * cols.div_ceil(block[1])).map(|_| random.value()).collect();
+        let mut whole = SourceMatrix::new(&bytes, dtype, rows, cols);
+        if dtype == DType::F8E4M3 {
+            whole = whole.with_scales(&factors, block);
+        }
+        let mut cut = |n: usize, unit: usize| {
+            let start = random.below(n) / unit * unit;
+            start..start + random.below(n - start) + 1
+        };
+        let (r, c) = (cut(rows, 1), cut(cols, if keeps_f8 { 128 } else { 1 }));
+        let (r2, c2) = (cut(r.len(), 1), cut(c.len(), if keeps_f8 { 128 } else { 1 }));
+        let part = whole.col_range(c.clone()).row_range(r.clone()).row_range(r2.clone()).col_range(c2.clone());
+        let to = if keeps_f8 { DType::F8E4M3 } else { DType::F32 };
+        let mut w = PackedMatrix::empty(&arena(), part.rows, part.cols, to).unwrap();
+        w.pack_rows(&pool, 0, &part).unwrap();
+        let mut got = vec![0.0; part.cols];
+        for row in 0..part.rows {
+            w.row_to_f32(row, &mut got);
+            for (col, &got) in got.iter().enumerate() {
+                let at = (r.start + r2.start + row, c.start + c2.start + col);
+                assert_eq!(got, element(&whole, at.0, at.1), "{dtype} {at:?} of [{rows}, {cols}], block {block:?}");
+            }
+        }
+        let size = dtype.size_bytes();
+        let stored: Vec<&[u8]> = part.stored_rows().collect();
+        assert_eq!(stored.len(), part.rows);
+        for (row, stored) in stored.iter().enumerate() {
+            let at = ((r.start + r2.start + row) * cols + c.start + c2.start) * size;
+            assert_eq!(*stored, &bytes[at..at + part.cols * size]);
         }
     }
 }
@@ -89,8 +134,12 @@ fn what_cannot_be_packed_is_refused() {
     assert_eq!(message(0, &turned), "matrix: source columns is 20, expected 10");
     let other = SourceMatrix::new(&bytes, DType::BF16, 10, 10);
     assert_eq!(message(0, &other), "matrix: source of an F8_E4M3 matrix is BF16, expected F8_E4M3");
-    let scaled = SourceMatrix { scales: Some(BlockScales { factors: &[1.0; 3], block: [128, 128] }), ..plain };
+    let scaled = SourceMatrix { scales: Some(BlockScales::new(&[1.0; 3], [128, 128])), ..plain };
     assert_eq!(message(0, &scaled), "matrix: scales is 3, expected 1");
-    let narrow = SourceMatrix { scales: Some(BlockScales { factors: &[1.0; 2], block: [128, 5] }), ..plain };
+    let narrow = SourceMatrix { scales: Some(BlockScales::new(&[1.0; 2], [128, 5])), ..plain };
     assert_eq!(message(0, &narrow), "matrix: scale block's columns is 5, expected 128");
+    let wide = vec![0u8; 20 * 300];
+    let wide = SourceMatrix::new(&wide, DType::F8E4M3, 20, 300).with_scales(&[1.0; 3], [128, 128]);
+    let inside = message(0, &wide.col_range(130..140));
+    assert_eq!(inside, "matrix: first column in its scale block is 2, expected 0");
 }

@@ -1,9 +1,11 @@
 //! Rotary position embedding: the table of angles, and the rotation.
 
 mod qkv;
+mod sums;
 
 pub use qkv::{QkNormWeights, QkvLayout, QkvPost, rope_and_store};
 pub(crate) use qkv::{check_weight, rms_norm, weight_f32};
+pub use sums::qk_sums;
 
 use moesaic_spec::{Rope, RopeScaling};
 

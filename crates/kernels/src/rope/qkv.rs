@@ -56,6 +56,21 @@ pub enum QkNormWeights<'a> {
         /// `[G * C]`
         key: &'a Tensor,
     },
+    /// Over all heads of a model whose heads are on several ranks. With the sums and widths of these heads alone it is
+    /// `FullWidth` but for rounding.
+    FullWidthOf {
+        /// `[H * C]`: the weights of these query heads.
+        query: &'a Tensor,
+        /// `[G * C]`: the weights of these key heads.
+        key: &'a Tensor,
+        /// F32 `[T, 2]`: for each row the sums of squares over all query columns of the model and over all its key columns
+        /// (the total of [`qk_sums`](super::qk_sums)).
+        sums: &'a Tensor,
+        /// Query columns of the model.
+        query_width: usize,
+        /// Key columns of the model.
+        key_width: usize,
+    },
 }
 
 /// What [`rope_and_store`] does on the way.
@@ -94,7 +109,7 @@ pub fn rope_and_store(
     require(rotary <= c, OP, "rotary_dim", || format!("at most {c}"), || rotary.to_string())?;
     post.rope.check(OP, batch.positions())?;
     kv.check(OP, batch)?;
-    let norm = Norm::new(post)?;
+    let norm = Norm::new(post, t)?;
     ctx.record(|| {
         let norm_flops = if norm.width == Width::None { 0 } else { t * c * 4 * (h + g) };
         let flops = norm_flops + t * 3 * rotary * (h + g);
@@ -123,14 +138,14 @@ pub fn rope_and_store(
             unsafe {
                 if dtype == DType::F32 {
                     let x = std::slice::from_raw_parts_mut(base.ptr().cast::<f32>().add(row * width), width);
-                    transform(isa, x, post, &norm, position);
+                    transform(isa, x, post, &norm, (row, position));
                     for i in 0..g {
                         writer.store_f32(slot, i, &x[head(i)], &x[head(g + i)]);
                     }
                 } else {
                     let x = std::slice::from_raw_parts_mut(base.ptr().cast::<bf16>().add(row * width), width);
                     widen(isa, x, &mut row_f32);
-                    transform(isa, &mut row_f32, post, &norm, position);
+                    transform(isa, &mut row_f32, post, &norm, (row, position));
                     narrow(isa, &row_f32, x);
                     // Values of two neighbouring tokens lie side by side: they are stored with the second one.
                     let paired = |row: usize, next: usize| {
@@ -164,39 +179,64 @@ enum Width {
     None,
     PerHead,
     Full,
+    /// Of the whole model; the sums are given.
+    FullOf,
 }
 
 /// Checked references to the norm's weights.
 struct Norm<'a> {
     width: Width,
     tensors: Option<(&'a Tensor, &'a Tensor)>,
+    /// Sums of squares, and the model's query and key columns.
+    totals: Option<(&'a Tensor, [usize; 2])>,
 }
 
 /// The weights as F32.
-struct NormValues {
+struct NormValues<'a> {
     width: Width,
     query: Vec<f32>,
     key: Vec<f32>,
+    totals: Option<(&'a [f32], [usize; 2])>,
 }
 
 impl<'a> Norm<'a> {
-    fn new(post: &QkvPost<'a>) -> Result<Norm<'a>, KernelError> {
+    fn new(post: &QkvPost<'a>, t: usize) -> Result<Norm<'a>, KernelError> {
         let QkvLayout { num_heads: h, num_kv_heads: g, head_dim: c } = post.layout;
+        let full = (h * c, g * c);
+        let mut totals = None;
         let (width, tensors, dims) = match post.norm {
             QkNormWeights::None => (Width::None, None, (0, 0)),
             QkNormWeights::PerHead { query, key } => (Width::PerHead, Some((query, key)), (c, c)),
-            QkNormWeights::FullWidth { query, key } => (Width::Full, Some((query, key)), (h * c, g * c)),
+            QkNormWeights::FullWidth { query, key } => (Width::Full, Some((query, key)), full),
+            QkNormWeights::FullWidthOf { query, key, sums, query_width, key_width } => {
+                check(OP, "sums of squares", sums, &[t, 2], DType::F32)?;
+                let positive = query_width > 0 && key_width > 0;
+                let got = || format!("{query_width} and {key_width}");
+                require(positive, OP, "query and key width", || "at least 1 each".into(), got)?;
+                totals = Some((sums, [query_width, key_width]));
+                (Width::FullOf, Some((query, key)), full)
+            }
         };
         if let Some((query, key)) = tensors {
             check_weight(OP, "query norm weight", query, dims.0)?;
             check_weight(OP, "key norm weight", key, dims.1)?;
         }
-        Ok(Norm { width, tensors })
+        Ok(Norm { width, tensors, totals })
     }
 
-    fn read(&self) -> NormValues {
+    fn read(&self) -> NormValues<'a> {
         let (query, key) = self.tensors.map_or((vec![], vec![]), |(q, k)| (weight_f32(q), weight_f32(k)));
-        NormValues { width: self.width, query, key }
+        let totals = self.totals.map(|(sums, widths)| (sums.f32(), widths));
+        NormValues { width: self.width, query, key, totals }
+    }
+}
+
+impl NormValues<'_> {
+    /// Mean squares of the queries and keys of a row, where they are given.
+    #[inline(always)]
+    fn means(&self, row: usize) -> [f32; 2] {
+        let mean = |(sums, widths): (&[f32], [usize; 2])| [0, 1].map(|i| sums[2 * row + i] / widths[i] as f32);
+        self.totals.map_or([0.0; 2], mean)
     }
 }
 
@@ -216,15 +256,17 @@ pub(crate) fn weight_f32(w: &Tensor) -> Vec<f32> {
 
 /// One row's norm, clamp and rotation.
 #[inline(always)]
-fn transform_row(x: &mut [f32], post: &QkvPost, norm: &NormValues, position: u32) {
+fn transform_row(x: &mut [f32], post: &QkvPost, norm: &NormValues, (row, position): (usize, u32)) {
     let QkvLayout { num_heads: h, num_kv_heads: g, head_dim: c } = post.layout;
     let (queries, rest) = x.split_at_mut(h * c);
     let (keys, _) = rest.split_at_mut(g * c);
-    for (part, weight) in [(queries, &norm.query), (keys, &norm.key)] {
+    let means = norm.means(row);
+    for (part, weight, mean) in [(queries, &norm.query, means[0]), (keys, &norm.key, means[1])] {
         match norm.width {
             Width::None => {}
             Width::PerHead => part.chunks_exact_mut(c).for_each(|head| rms_norm(head, weight, post.eps)),
             Width::Full => rms_norm(part, weight, post.eps),
+            Width::FullOf => scale(part, weight, mean, post.eps),
         }
     }
     if let Some(limit) = post.clip {
@@ -239,6 +281,12 @@ fn transform_row(x: &mut [f32], post: &QkvPost, norm: &NormValues, position: u32
 #[inline(always)]
 pub(crate) fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
     let mean = sum_by(x, |x| x * x) / x.len() as f32;
+    scale(x, weight, mean, eps);
+}
+
+/// `x / sqrt(mean + eps) * weight`, in place.
+#[inline(always)]
+fn scale(x: &mut [f32], weight: &[f32], mean: f32, eps: f32) {
     let scale = 1.0 / (mean + eps).sqrt();
     for (x, w) in x.iter_mut().zip(weight) {
         *x = *x * scale * w;
@@ -285,7 +333,7 @@ macro_rules! widened {
 
 widened! {
     /// One row's norm, clamp and rotation.
-    transform, transform_wide, transform_row, (x: &mut [f32], post: &QkvPost, norm: &NormValues, position: u32)
+    transform, transform_wide, transform_row, (x: &mut [f32], post: &QkvPost, norm: &NormValues, at: (usize, u32))
 }
 widened! {
     /// BF16 to F32.

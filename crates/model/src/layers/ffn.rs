@@ -40,5 +40,5 @@ impl FeedForward {
 
 /// An MLP is a group of one expert.
 pub(super) fn dense(ctx: &Ctx, x: &Tensor, weights: &ExpertWeights) -> Result<Tensor, ModelError> {
-    Ok(experts(ctx, x, RowsPerExpert::Known(&[0, x.dims()[0]]), weights)?)
+    Ok(experts(ctx, x, RowsPerExpert::Known(&[0, x.dims()[0]]), weights, x.dtype())?)
 }

@@ -1,8 +1,8 @@
 //! Routed experts: route, dispatch, experts, combine.
 
-use moesaic_device::{Ctx, Tensor};
+use moesaic_device::{Amount, Ctx, Tensor};
 use moesaic_kernels::combine::combine;
-use moesaic_kernels::dispatch::dispatch;
+use moesaic_kernels::dispatch::{DispatchSource, Pairs, dispatch, keep_pairs};
 use moesaic_kernels::experts::{ExpertWeights, RowsPerExpert, experts};
 use moesaic_kernels::linear::linear;
 use moesaic_kernels::matrix::PackedMatrix;
@@ -46,13 +46,31 @@ impl MoeLayer {
         let routing = router(ctx, &logits, &spec.router, spec.top_k, self.correction_bias.as_ref())?; // [T, A]
         let sequences: Vec<_> = batch.seqs().iter().map(|seq| seq.row0..seq.row0 + seq.num_rows).collect();
         let capacity = spec.capacity.as_ref().map(|capacity| (capacity, sequences.as_slice()));
-        let sorted = dispatch(ctx, x, &routing, spec.num_experts, capacity)?; // [R, D]
+        let (t, a) = (x.dims()[0], spec.top_k);
+        let kept = keep_pairs(&routing, spec.num_experts, capacity)?; // [T A]
+        let pairs: Vec<(u32, u32)> = kept
+            .iter()
+            .enumerate()
+            .filter(|&(_, &expert)| expert >= 0)
+            .map(|(pair, &expert)| ((pair / a) as u32, expert as u32))
+            .collect();
+        let pairs = match ctx.is_meta() {
+            true => Pairs::Counted(Amount::exact((t * a) as u64)),
+            false => Pairs::Known(&pairs),
+        };
+        let sorted = dispatch(ctx, &[DispatchSource { x, pairs }], spec.num_experts)?; // [R, D]
         let rows = match ctx.is_meta() {
-            true => RowsPerExpert::Uniform { num_tokens: x.dims()[0], top_k: spec.top_k },
+            true => RowsPerExpert::Uniform { num_tokens: t, top_k: a, num_experts: spec.num_experts },
             false => RowsPerExpert::Known(&sorted.offsets),
         };
-        let y = experts(ctx, &sorted.x, rows, &self.experts)?; // [R, D]
+        let y = experts(ctx, &sorted.x, rows, &self.experts, x.dtype())?; // [R, D]
         let shared = self.shared.as_ref().map(|weights| dense(ctx, x, weights)).transpose()?;
-        Ok(combine(ctx, &y, &sorted.row_of, &routing.topk_weights, shared.as_ref())?) // [T, D]
+        let mut row_of = ctx.empty(&[t, a], DType::I32)?;
+        if !ctx.is_meta() {
+            let mut rows = sorted.row_of[0].iter();
+            let row = |&expert: &i32| if expert < 0 { -1 } else { *rows.next().expect("a row for each pair") as i32 };
+            row_of.i32_mut().iter_mut().zip(kept.iter().map(row)).for_each(|(to, row)| *to = row);
+        }
+        Ok(combine(ctx, &[&y], &row_of, &routing.topk_weights, shared.as_ref())?) // [T, D]
     }
 }
