@@ -52,6 +52,16 @@ impl Arena {
         Arena::with(name, None, usize::MAX / 2 / ALIGN_BYTES * ALIGN_BYTES)
     }
 
+    /// An arena whose memory other processes can map, by the file that comes with it (see [`SharedMap`](crate::SharedMap)).
+    ///
+    /// They may read a region while nobody writes to it: the arena's owner names the region to them, and keeps its
+    /// tensor until they said that they are done.
+    pub fn shared(name: &'static str, capacity: Bytes) -> Result<(Arena, std::fs::File), DeviceError> {
+        let (memory, file) = HostMemory::shared(capacity.0 as usize)?;
+        let capacity = memory.len();
+        Ok((Arena::with(name, Some(memory), capacity), file))
+    }
+
     fn with(name: &'static str, memory: Option<HostMemory>, capacity: usize) -> Arena {
         let state = State { free: BTreeMap::from([(0, capacity)]), in_use: 0, peak: 0, num_regions: 0, sufficient: 0 };
         Arena { inner: Arc::new(Inner { name, memory, capacity, state: Mutex::new(state) }) }
@@ -153,6 +163,11 @@ impl Region {
         self.arena.is_meta()
     }
 
+    /// Where in `arena` this is; `None` if it belongs to another.
+    pub fn offset_in(&self, arena: &Arena) -> Option<usize> {
+        Arc::ptr_eq(&self.arena.inner, &arena.inner).then_some(self.start)
+    }
+
     /// The bytes. Panics on `Meta`.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: [start, start + bytes) lies inside the arena's mapping, which `self.arena` keeps alive; mapped memory
@@ -166,7 +181,8 @@ impl Region {
         unsafe { std::slice::from_raw_parts_mut(self.base(), self.bytes) }
     }
 
-    fn base(&self) -> *mut u8 {
+    /// First byte. Panics on `Meta`.
+    pub(crate) fn base(&self) -> *mut u8 {
         let memory = self.arena.inner.memory.as_ref();
         let memory =
             memory.unwrap_or_else(|| panic!("a Meta tensor of the {} arena has no data", self.arena.inner.name));

@@ -17,7 +17,7 @@ pub enum Device {
     Meta,
 }
 
-/// Calls, and when each was recorded: before its work.
+/// Calls, and when the work of each began.
 #[derive(Default)]
 struct Log {
     calls: Vec<OpCall>,
@@ -25,9 +25,9 @@ struct Log {
 }
 
 impl Log {
-    fn push(&mut self, call: OpCall) {
+    fn push(&mut self, call: OpCall, start: Instant) {
         self.calls.push(call);
-        self.starts.push(Instant::now());
+        self.starts.push(start);
     }
 }
 
@@ -102,7 +102,14 @@ impl Ctx {
     /// Notes a call, if somebody is listening.
     pub fn record(&self, call: impl FnOnce() -> OpCall) {
         if let Some(log) = self.log.borrow_mut().as_mut() {
-            log.push(call());
+            log.push(call(), Instant::now());
+        }
+    }
+
+    /// The same for a call whose size was not known before its work, which began at `start`.
+    pub fn record_from(&self, start: Instant, call: impl FnOnce() -> OpCall) {
+        if let Some(log) = self.log.borrow_mut().as_mut() {
+            log.push(call(), start);
         }
     }
 
@@ -121,7 +128,7 @@ impl Ctx {
         self.end_log().calls
     }
 
-    /// The same with the seconds of each call: from its record to the next one's, or to now.
+    /// The same with the seconds of each call: from its start to the next one's, or to now.
     pub fn take_timed_log(&self) -> Vec<(OpCall, f64)> {
         let mut log = self.end_log();
         log.starts.push(Instant::now());

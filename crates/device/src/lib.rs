@@ -28,6 +28,7 @@ pub mod machine;
 pub mod memory;
 pub mod op_log;
 pub mod pool;
+pub mod shared;
 pub mod tensor;
 
 pub use arena::{Arena, Region};
@@ -38,6 +39,7 @@ pub use machine::{Machine, available_memory, num_usable_cores};
 pub use memory::{FileMap, HostMemory};
 pub use op_log::{Amount, OpCall, Peer, Stream};
 pub use pool::{Pool, Task};
+pub use shared::{Counters, SharedMap};
 pub use tensor::Tensor;
 
 use moesaic_spec::Bytes;
@@ -82,6 +84,12 @@ pub enum DeviceError {
         path: std::path::PathBuf,
         /// Why.
         why: std::io::Error,
+    },
+    /// Another process's memory cannot be read.
+    #[error("shared memory of another process: {why}")]
+    SharedFile {
+        /// Why.
+        why: String,
     },
     /// An environment variable holds something that it cannot mean.
     #[error("{variable}={value}: expected {expected}")]

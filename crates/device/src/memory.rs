@@ -1,7 +1,7 @@
-//! Memory from the operating system: anonymous (huge pages where it has them) and mapped files.
+//! Memory from the operating system: anonymous (huge pages where it has them), shared, and mapped files.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
@@ -12,7 +12,10 @@ use crate::DeviceError;
 const PAGE_BYTES: usize = 4 << 10;
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// A zeroed, page-aligned range of anonymous memory. Pages become resident when they are first touched.
+/// What shared memory's file may no longer do: shrink, grow, be written to through new mappings.
+pub(crate) const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE;
+
+/// A zeroed, page-aligned range of memory. Pages become resident when they are first touched.
 ///
 /// Huge pages are asked for because weights are streamed: with 4 KiB pages a third of the time of a memory-bound kernel
 /// goes to page walks, and hardware prefetchers stop at each page's end. What is smaller than one stays in small pages: a
@@ -71,6 +74,41 @@ impl HostMemory {
         }
         let base = NonNull::new(start as *mut u8).expect("mmap does not return a null mapping");
         Ok(HostMemory { base, bytes })
+    }
+
+    /// Reserves `bytes`, rounded up to whole huge pages, in memory that other processes can map by the file that comes with
+    /// it. The file has no name, so nothing is left of it when the last process has let go; it is sealed: it can neither
+    /// shrink under a process that reads it, nor be mapped for writing by another.
+    pub fn shared(bytes: usize) -> Result<(HostMemory, File), DeviceError> {
+        let refused = |why| DeviceError::OutOfMemory { requested: Bytes(bytes as u64), why };
+        let bytes = bytes
+            .max(1)
+            .checked_next_multiple_of(HUGE_PAGE_BYTES)
+            .ok_or_else(|| refused(std::io::Error::from(std::io::ErrorKind::OutOfMemory)))?;
+        // SAFETY: the name is a string with its end; the call touches no other memory.
+        let fd = unsafe { libc::memfd_create(c"moesaic".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+        if fd < 0 {
+            return Err(refused(std::io::Error::last_os_error()));
+        }
+        // SAFETY: the descriptor was made above and belongs to nobody else.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(bytes as u64).map_err(refused)?;
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory; it keeps the file's
+        // memory alive by itself.
+        let raw = unsafe {
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED | libc::MAP_NORESERVE, fd, 0)
+        };
+        if raw == libc::MAP_FAILED {
+            return Err(refused(std::io::Error::last_os_error()));
+        }
+        let base = NonNull::new(raw.cast()).expect("mmap does not return a null mapping");
+        let memory = HostMemory { base, bytes };
+        // SAFETY: fcntl on an open descriptor; seals change what may be done with the file from now on.
+        if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, SEALS) } != 0 {
+            return Err(refused(std::io::Error::last_os_error()));
+        }
+        Ok((memory, file))
     }
 
     /// First byte.

@@ -50,6 +50,11 @@ impl Tensor {
         self.region.is_meta()
     }
 
+    /// Its first byte's place in `arena`; `None` if its memory is of another.
+    pub fn offset_in(&self, arena: &Arena) -> Option<usize> {
+        self.region.offset_in(arena)
+    }
+
     /// The raw bytes. Panics on `Meta`.
     pub fn bytes(&self) -> &[u8] {
         self.region.bytes()

@@ -54,6 +54,20 @@ pub enum Collective {
 }
 
 impl MessageKind {
+    /// All, in the order of their declaration.
+    const ALL: [MessageKind; 10] = [
+        MessageKind::Hidden,
+        MessageKind::QkNorm,
+        MessageKind::Attention,
+        MessageKind::Mlp,
+        MessageKind::Rows,
+        MessageKind::Dispatch,
+        MessageKind::Relay,
+        MessageKind::Answer,
+        MessageKind::Logits,
+        MessageKind::Weights,
+    ];
+
     /// The class that it is counted in.
     pub fn collective(self) -> Collective {
         match self {
@@ -96,6 +110,25 @@ pub struct Tag {
     pub kind: MessageKind,
     /// Round of a collective, from 0.
     pub round: u8,
+}
+
+impl Tag {
+    /// Layers and micro-batches that a [`code`](Self::code) has room for: 24 bits of each.
+    pub const MAX_IDX: u32 = (1 << 24) - 1;
+
+    /// Everything but the step in one number: which message of a step this is. Panics above [`MAX_IDX`](Self::MAX_IDX).
+    pub fn code(&self) -> u64 {
+        let Tag { layer, micro_batch, kind, round, .. } = *self;
+        assert!(layer <= Tag::MAX_IDX && micro_batch <= Tag::MAX_IDX, "no code has room for {self}");
+        u64::from(layer) | u64::from(micro_batch) << 24 | u64::from(round) << 48 | (kind as u64) << 56
+    }
+
+    /// The tag of this code in this step; `None` if no tag has the code.
+    pub fn from_code(code: u64, step: u64) -> Option<Tag> {
+        let kind = *MessageKind::ALL.get((code >> 56) as usize)?;
+        let idx = |shift: u32| (code >> shift) as u32 & Tag::MAX_IDX;
+        Some(Tag { step, layer: idx(0), micro_batch: idx(24), kind, round: (code >> 48) as u8 })
+    }
 }
 
 impl fmt::Display for Tag {
@@ -324,5 +357,41 @@ impl fmt::Display for Schedule {
             writeln!(f)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn kinds_are_listed_in_order() {
+        for (idx, kind) in MessageKind::ALL.into_iter().enumerate() {
+            assert_eq!(kind as usize, idx);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_tag_comes_back_from_its_code(
+            step: u64,
+            layer in 0..=Tag::MAX_IDX,
+            micro_batch in 0..=Tag::MAX_IDX,
+            kind in prop::sample::select(MessageKind::ALL.to_vec()),
+            round: u8,
+        ) {
+            let tag = Tag { step, layer, micro_batch, kind, round };
+            prop_assert_eq!(Tag::from_code(tag.code(), step), Some(tag));
+        }
+
+        #[test]
+        fn a_code_is_of_one_tag_or_of_none(code: u64, step: u64) {
+            match Tag::from_code(code, step) {
+                Some(tag) => prop_assert_eq!(tag.code(), code),
+                None => prop_assert!(code >> 56 >= MessageKind::ALL.len() as u64),
+            }
+        }
     }
 }
