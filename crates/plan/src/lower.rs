@@ -242,9 +242,9 @@ impl Lowering<'_> {
     }
 
     fn work_of_experts(&mut self, from: Peers, relays: Peers, answer_to: Peers, layer: usize, mb: usize) {
-        // On a rank with rows of its own, they are routed first. (A relay's part is among what the sum waits for.)
+        // On a rank with rows of its own, they are routed first; on a relay, what it passes on is there.
         let mut after = self.tails[mb].for_combine.clone();
-        after.retain(|&idx| !matches!(self.actions[idx as usize].work, Work::SharedExpert));
+        after.retain(|&idx| matches!(self.actions[idx as usize].work, Work::Route | Work::Relay { .. }));
         let done = self.push(Work::Experts { from, relays }, layer, mb, Lane::Compute, after);
         if !answer_to.is_empty() {
             self.push(Work::Answer { to: answer_to }, layer, mb, Lane::Comm, vec![done]);
