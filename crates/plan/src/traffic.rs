@@ -200,15 +200,15 @@ impl Plan {
             ExchangePrecision::Int8 | ExchangePrecision::Fp8 => width + 4 * width.div_ceil(GROUP),
         };
         let mut total = ExchangeSum::default();
-        let mut last: Option<(Vec<usize>, &LayerPlacement, ExchangeSum)> = None;
+        let mut last: Option<(Form, ExchangeSum)> = None;
         for (layer, placed) in self.placement.layers.iter().enumerate() {
             let (Some(placed), Some(moe)) = (placed, model.layers[layer].as_moe()) else { continue };
             let stage = self.stage_of(layer);
             let senders = stage.groups.concat();
-            // Most layers are like the one before.
-            let nodes: Vec<usize> = senders.iter().map(|rank| self.node_of[rank.idx()]).collect();
+            // Most layers are like the one before, but for the numbers of their ranks and nodes.
+            let form = self.form(stage, placed, moe.top_k);
             let sum = match &last {
-                Some((same, like, sum)) if *same == nodes && *like == placed => *sum,
+                Some((like, sum)) if *like == form => *sum,
                 _ => {
                     let one = |sum: ExchangeSum, &from: &Rank| {
                         sum.plus(self.exchange_of(
@@ -221,10 +221,28 @@ impl Plan {
                     senders.iter().fold(ExchangeSum::default(), one).times(row as f64 / senders.len() as f64)
                 }
             };
-            last = Some((nodes, placed, sum));
+            last = Some((form, sum));
             total = total.plus(sum);
         }
         total
+    }
+
+    /// What the exchange of a layer depends on.
+    fn form(&self, stage: &Stage, placed: &LayerPlacement, top_k: usize) -> Form {
+        let first = stage.groups[0][0];
+        let mut ranks = stage.groups.concat();
+        ranks.extend(&stage.expert_ranks);
+        let nodes = ranks.iter().map(|rank| self.node_of[rank.idx()]);
+        // Nodes are numbered as they come.
+        let mut seen: Vec<usize> = Vec::new();
+        let nodes = nodes.map(|node| {
+            seen.iter().position(|other| *other == node).unwrap_or_else(|| {
+                seen.push(node);
+                seen.len() - 1
+            })
+        });
+        let relative = |ranks: &Vec<Rank>| ranks.iter().map(|rank| rank.0 - first.0).collect();
+        Form { nodes: nodes.collect(), replicas: placed.replicas.iter().map(relative).collect(), top_k }
     }
 
     /// Rows that one token of `from` sends, by link.
@@ -295,6 +313,14 @@ impl Plan {
     pub fn exchanges_tokens(&self) -> bool {
         self.shards.iter().any(|shard| shard.experts == ExpertShard::Placed) && self.world_size() > 1
     }
+}
+
+/// A layer's exchange, without the numbers of its ranks and nodes.
+#[derive(PartialEq)]
+struct Form {
+    nodes: Vec<usize>,
+    replicas: Vec<Vec<u32>>,
+    top_k: usize,
 }
 
 /// Rows by link, or bytes.

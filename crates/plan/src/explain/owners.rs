@@ -17,26 +17,38 @@ pub(super) fn write_stages(w: &mut String, plan: &Plan, model: &ModelSpec) -> st
         let last = (first + 1..plan.stages.len()).take_while(like).last().unwrap_or(first);
         write_stage(w, plan, model, first)?;
         if last > first {
-            let layers = plan.stages[first + 1].layers.start..plan.stages[last].layers.end;
+            let more = plan.stages[first + 1].layers.start..plan.stages[last].layers.end;
             let (from, to) = (ranks(&plan.stages[first + 1])[0], *ranks(&plan.stages[last]).last().expect("ranks"));
             let stages = runs(first + 1..last + 1);
-            writeln!(w, "  stage {stages:<8} the same with layers {}, ranks {from}–{to}", span(&layers))?;
+            writeln!(w, "  stage {stages:<8} the same with {}, ranks {from}–{to}", layers(more))?;
         }
         first = last + 1;
     }
     Ok(())
 }
 
-/// What makes two stages alike: layers, where experts are relative to the stage's first rank, and the ends of the model.
-fn form(plan: &Plan, idx: usize) -> (usize, bool, bool, Vec<Option<Vec<Vec<u32>>>>) {
+/// What makes two stages alike.
+#[derive(PartialEq)]
+struct Form {
+    num_layers: usize,
+    /// Whether it has the embedding, and the head.
+    ends: (bool, bool),
+    /// By layer, where its experts are relative to the stage's first rank.
+    experts: Vec<Option<Vec<Vec<u32>>>>,
+}
+
+fn form(plan: &Plan, idx: usize) -> Form {
     let stage = &plan.stages[idx];
     let base = ranks(stage)[0].0;
     let relative = |placed: &Option<LayerPlacement>| {
         let one = |ranks: &Vec<Rank>| ranks.iter().map(|rank| rank.0 - base).collect();
         placed.as_ref().map(|placed| placed.replicas.iter().map(one).collect())
     };
-    let layers = plan.placement.layers[stage.layers.clone()].iter().map(relative).collect();
-    (stage.layers.len(), idx == 0, idx + 1 == plan.stages.len(), layers)
+    Form {
+        num_layers: stage.layers.len(),
+        ends: (idx == 0, idx + 1 == plan.stages.len()),
+        experts: plan.placement.layers[stage.layers.clone()].iter().map(relative).collect(),
+    }
 }
 
 /// All ranks of a stage, ascending.
@@ -59,8 +71,8 @@ fn write_stage(w: &mut String, plan: &Plan, model: &ModelSpec, idx: usize) -> st
     let all = ranks(stage);
     writeln!(
         w,
-        "  stage {idx:<8} layers {}{ends}; ranks {}, {}",
-        span(&stage.layers),
+        "  stage {idx:<8} {}{ends}; ranks {}, {}",
+        layers(stage.layers.clone()),
         rank_runs(&all),
         nodes_of(plan, &all)
     )?;
@@ -113,7 +125,7 @@ fn write_experts(w: &mut String, plan: &Plan, model: &ModelSpec, stage: &Stage) 
             1 => "whole on every rank".to_owned(),
             tp => format!("1/{tp} of the width of each on every rank of a group"),
         };
-        return writeln!(w, "    experts      {num_experts} of layers {}, {how}", runs(moe_layers));
+        return writeln!(w, "    experts      {num_experts} of {}, {how}", layers(moe_layers));
     }
     let mut rest = moe_layers.as_slice();
     let mut entries = 0;
@@ -136,15 +148,15 @@ fn write_placement(
     w: &mut String,
     plan: &Plan,
     stage: &Stage,
-    layers: &[usize],
+    of: &[usize],
     placed: &LayerPlacement,
 ) -> std::fmt::Result {
     let homes = &stage.expert_ranks;
     writeln!(
         w,
-        "    experts      {} of layers {} on ranks {}, {}",
+        "    experts      {} of {} on ranks {}, {}",
         placed.replicas.len(),
-        runs(layers.iter().copied()),
+        layers(of.iter().copied()),
         rank_runs(homes),
         nodes_of(plan, homes)
     )?;
@@ -178,6 +190,12 @@ fn nodes_of(plan: &Plan, ranks: &[Rank]) -> String {
     let nodes: std::collections::BTreeSet<usize> = ranks.iter().map(|rank| plan.node_of[rank.idx()]).collect();
     let text = runs(nodes.iter().copied());
     if nodes.len() == 1 { format!("node {text}") } else { format!("nodes {text}") }
+}
+
+/// `layer 3`, `layers 0–3`.
+fn layers(layers: impl IntoIterator<Item = usize>) -> String {
+    let text = runs(layers);
+    if text.bytes().all(|b| b.is_ascii_digit()) { format!("layer {text}") } else { format!("layers {text}") }
 }
 
 /// A range in words: `0–3`, or `5` where it is one number.
