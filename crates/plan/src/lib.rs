@@ -19,6 +19,7 @@
 mod build;
 mod diff;
 pub mod error;
+mod explain;
 pub mod footprint;
 pub mod ids;
 mod lower;
@@ -31,10 +32,12 @@ pub mod rules;
 pub mod schedule;
 pub mod shard;
 pub mod strategy;
+pub mod traffic;
 mod write;
 
 pub use diff::diff;
 pub use error::PlanError;
+pub use explain::explain;
 pub use footprint::{RankMemory, kv_heads};
 pub use ids::{ExpertId, Rank};
 pub use memory::{CannotFit, MemoryLedger, MemoryRequest};
@@ -44,3 +47,4 @@ pub use rules::cut_unit;
 pub use schedule::{Action, AllReduce, Collective, Lane, MessageKind, Peers, Schedule, Tag, Work};
 pub use shard::{AttentionShard, ExpertShard, RankShard, Slice};
 pub use strategy::{Setting, Strategy};
+pub use traffic::Traffic;

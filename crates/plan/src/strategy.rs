@@ -83,11 +83,10 @@ fn tp(setting: &Setting) -> PlanFile {
 }
 
 fn pp(setting: &Setting) -> Result<PlanFile, PlanError> {
-    let (ranks, num_layers) = (setting.ranks, setting.model.layers.len());
+    let (ranks, num_layers) = (setting.ranks, stages_at_most(setting.model)?);
     let pp = (2..=num_layers).find(|stages| ranks.is_multiple_of(*stages));
     let pp = pp.ok_or_else(|| {
-        let right =
-            format!("a multiple of 2 or more stages, of which the model's {num_layers} layers allow {num_layers}");
+        let right = format!("a multiple of a number of stages from 2 to {num_layers}, the model's layers");
         PlanError::invalid("ranks of strategy pp", ranks, right)
     })?;
     let mesh = Mesh { tp: 1, pp, dp: ranks / pp, ep: 1 };
@@ -95,13 +94,10 @@ fn pp(setting: &Setting) -> Result<PlanFile, PlanError> {
 }
 
 fn tp_pp(setting: &Setting) -> Result<PlanFile, PlanError> {
-    let (ranks, num_layers) = (setting.ranks, setting.model.layers.len());
-    let wrong = |right: &str| Err(PlanError::invalid("ranks of strategy tp+pp", ranks, right));
-    if num_layers < 2 {
-        return wrong("0, because a model of one layer has no two stages");
-    }
+    let ranks = setting.ranks;
+    stages_at_most(setting.model)?;
     if ranks < 4 || !ranks.is_multiple_of(2) {
-        return wrong("an even number of at least 4");
+        return Err(PlanError::invalid("ranks of strategy tp+pp", ranks, "an even number of at least 4"));
     }
     let tp = largest_tp(setting.model, ranks / 2, MAX_TP);
     let mesh = Mesh { tp, pp: 2, dp: ranks / 2 / tp, ep: 1 };
@@ -147,6 +143,14 @@ fn ma(setting: &Setting) -> Result<PlanFile, PlanError> {
     };
     let attention = AttentionPlan { heads, replication };
     Ok(PlanFile { attention, moe, micro_batches: 2, ..file(setting, Mesh { tp, pp: 1, dp, ep }) })
+}
+
+/// Stages that the model's layers allow.
+fn stages_at_most(model: &ModelSpec) -> Result<usize, PlanError> {
+    match model.layers.len() {
+        one @ ..2 => Err(PlanError::invalid("the number of layers", one, "at least 2, one for each pipeline stage")),
+        layers => Ok(layers),
+    }
 }
 
 /// What all have in common.

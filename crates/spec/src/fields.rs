@@ -225,5 +225,8 @@ fn whole_number(range: &RangeInclusive<usize>) -> String {
 }
 
 fn number_within(range: &RangeInclusive<f64>) -> String {
+    if (*range.start(), *range.end()) == (f64::MIN, f64::MAX) {
+        return "a number".to_owned();
+    }
     format!("a number from {:?} to {:?}", range.start(), range.end())
 }
