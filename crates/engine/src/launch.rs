@@ -62,7 +62,7 @@ pub fn launch(
         activations: activation_bound(&meta, config, max_model_len)?,
         position_bytes: meta.transformer().position_bytes(),
         workspace: Bytes(num_threads as u64 * (THREAD_WORKSPACE_BYTES + 16 * spec.vocab_size as u64)),
-        block_bytes: KvCache::block_bytes(spec, compute_dtype, config.block_size)?,
+        block_bytes: KvCache::block_bytes(&spec.attention, spec.layers.len(), compute_dtype, config.block_size)?,
         block_size: config.block_size,
         max_model_len,
         max_num_seqs: config.max_num_seqs,
@@ -73,7 +73,8 @@ pub fn launch(
     let weight_arena = Arena::host("weight", Bytes(ledger.weights_bytes))?;
     let kv_arena = Arena::host("kv", Bytes(ledger.kv_cache_bytes))?;
     let activation_arena = Arena::host("activation", Bytes(ledger.activations_bytes))?;
-    let kv = KvCache::new(&kv_arena, spec, compute_dtype, ledger.num_blocks, ledger.block_size)?;
+    let (attention, num_layers) = (&spec.attention, spec.layers.len());
+    let kv = KvCache::new(&kv_arena, attention, num_layers, compute_dtype, ledger.num_blocks, ledger.block_size)?;
     let source = match weights {
         Launch::Checkpoint(checkpoint) => {
             WeightSource::checkpoint(spec, config.dtype, &weight_arena, &pool, checkpoint)

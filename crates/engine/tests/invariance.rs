@@ -139,7 +139,7 @@ fn after_losing_its_blocks() {
     for case in cases() {
         let spec = &case.model.spec;
         let compute_dtype = MetaModel::new(spec, case.dtype, MAX_MODEL_LEN).unwrap().transformer().compute_dtype();
-        let block_bytes = KvCache::block_bytes(spec, compute_dtype, 8).unwrap();
+        let block_bytes = KvCache::block_bytes(&spec.attention, spec.layers.len(), compute_dtype, 8).unwrap();
         for enable_prefix_caching in [false, true] {
             // The three prompts below take 25 blocks and one more each to be let in; they grow to 32 before we are done.
             let kv_cache = Some(Bytes(block_bytes.0 * 29));

@@ -2,7 +2,7 @@
 
 use moesaic_device::Arena;
 use moesaic_kernels::paged::{KvShape, LatentShape, PagedKv, PagedLatent};
-use moesaic_spec::{Attention, Bytes, DType, ModelSpec};
+use moesaic_spec::{Attention, Bytes, DType};
 
 use crate::ModelError;
 
@@ -25,51 +25,49 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Takes the memory of `num_blocks` pages in every layer.
+    /// Takes the memory of `num_blocks` pages in each of `num_layers` layers. `attention` has the heads that are here
+    /// ([`attention_of`](crate::layers::attention_of)).
     pub fn new(
         arena: &Arena,
-        spec: &ModelSpec,
+        attention: &Attention,
+        num_layers: usize,
         dtype: DType,
         num_blocks: usize,
         block_size: usize,
     ) -> Result<KvCache, ModelError> {
-        let layers = spec
-            .layers
-            .iter()
-            .map(|_| {
-                Ok(match &spec.attention {
-                    Attention::Gqa(gqa) => LayerCache::Gqa(PagedKv::new(
-                        arena,
-                        KvShape {
-                            num_blocks,
-                            block_size,
-                            num_kv_heads: gqa.num_kv_heads,
-                            head_dim: gqa.head_dim,
-                            dtype,
-                        },
-                    )?),
-                    Attention::Mla(mla) => LayerCache::Mla(PagedLatent::new(
-                        arena,
-                        LatentShape {
-                            num_blocks,
-                            block_size,
-                            kv_lora_rank: mla.kv_lora_rank,
-                            qk_rope_head_dim: mla.qk_rope_head_dim,
-                            dtype,
-                        },
-                    )?),
-                })
+        let layer = || {
+            Ok(match attention {
+                Attention::Gqa(gqa) => LayerCache::Gqa(PagedKv::new(
+                    arena,
+                    KvShape { num_blocks, block_size, num_kv_heads: gqa.num_kv_heads, head_dim: gqa.head_dim, dtype },
+                )?),
+                Attention::Mla(mla) => LayerCache::Mla(PagedLatent::new(
+                    arena,
+                    LatentShape {
+                        num_blocks,
+                        block_size,
+                        kv_lora_rank: mla.kv_lora_rank,
+                        qk_rope_head_dim: mla.qk_rope_head_dim,
+                        dtype,
+                    },
+                )?),
             })
-            .collect::<Result<_, ModelError>>()?;
+        };
+        let layers = (0..num_layers).map(|_| layer()).collect::<Result<_, ModelError>>()?;
         Ok(KvCache { layers, block_size, num_blocks })
     }
 
     /// Memory of one page in all layers, found by asking for it on `Meta`.
-    pub fn block_bytes(spec: &ModelSpec, dtype: DType, block_size: usize) -> Result<Bytes, ModelError> {
+    pub fn block_bytes(
+        attention: &Attention,
+        num_layers: usize,
+        dtype: DType,
+        block_size: usize,
+    ) -> Result<Bytes, ModelError> {
         // Two pages less one: what allocations round up at their ends is not counted for every page.
         let of = |num_blocks| {
             let arena = Arena::meta("kv");
-            KvCache::new(&arena, spec, dtype, num_blocks, block_size).map(|_cache| arena.peak().0)
+            KvCache::new(&arena, attention, num_layers, dtype, num_blocks, block_size).map(|_cache| arena.peak().0)
         };
         Ok(Bytes(of(65)?.saturating_sub(of(1)?) / 64))
     }

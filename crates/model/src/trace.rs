@@ -93,7 +93,8 @@ impl MetaModel {
             })
             .collect();
         let (spec, dtype) = (self.transformer.spec(), self.transformer.compute_dtype());
-        let mut kv = KvCache::new(&Arena::meta("kv"), spec, dtype, num_blocks, block_size)?;
+        let (attention, num_layers) = (&spec.attention, spec.layers.len());
+        let mut kv = KvCache::new(&Arena::meta("kv"), attention, num_layers, dtype, num_blocks, block_size)?;
         let all_rows: Vec<usize> = (0..row0).collect();
         let input = StepInput {
             token_ids: &vec![0; row0],

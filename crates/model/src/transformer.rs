@@ -6,11 +6,12 @@ use moesaic_kernels::gather_rows::gather_rows;
 use moesaic_kernels::paged::PagedBatch;
 use moesaic_kernels::rms_norm::rms_norm;
 use moesaic_kernels::rope::RopeTable;
+use moesaic_plan::{ExpertId, Slice};
 use moesaic_spec::model::tensors::Role;
 use moesaic_spec::{Attention, Bytes, DType, ModelSpec};
 
 use crate::kv_cache::LayerCache;
-use crate::layers::{Embedding, FeedForward, GqaAttention, MlaAttention};
+use crate::layers::{AttentionStep, Embedding, FeedForward, FfnPart, GqaAttention, MlaAttention};
 use crate::load::WeightSource;
 use crate::{KvCache, ModelError};
 
@@ -54,17 +55,22 @@ impl Transformer {
             Attention::Gqa(gqa) => gqa.head_dim,
             Attention::Mla(mla) => mla.qk_rope_head_dim,
         };
-        let embedding = Embedding::load(source, spec.tie_word_embeddings)?;
+        let embedding = Embedding::load(source, spec.tie_word_embeddings, Slice::WHOLE, true, true)?;
         let mut layers = Vec::with_capacity(spec.layers.len());
+        let norm = |role| source.vector(&[source.whole(role)]);
         for (idx, ffn) in spec.layers.iter().enumerate() {
+            let heads = 0..spec.attention.num_heads();
+            let num_experts = ffn.as_moe().map_or(0, |moe| moe.num_experts as u32);
+            let experts: Vec<ExpertId> = (0..num_experts).map(ExpertId).collect();
+            let part = FfnPart { mlp: Slice::WHOLE, experts: &experts, expert: Slice::WHOLE };
             layers.push(DecoderLayer {
-                input_norm: source.vector(&[Role::InputNorm(idx)])?,
+                input_norm: norm(Role::InputNorm(idx))?,
                 attention: match &spec.attention {
-                    Attention::Gqa(gqa) => AttentionLayer::Gqa(GqaAttention::load(source, idx, gqa)?),
-                    Attention::Mla(mla) => AttentionLayer::Mla(MlaAttention::load(source, idx, mla)?),
+                    Attention::Gqa(gqa) => AttentionLayer::Gqa(GqaAttention::load(source, idx, gqa, heads)?),
+                    Attention::Mla(mla) => AttentionLayer::Mla(MlaAttention::load(source, idx, mla, heads)?),
                 },
-                post_attention_norm: source.vector(&[Role::PostAttentionNorm(idx)])?,
-                feed_forward: FeedForward::load(source, idx, ffn)?,
+                post_attention_norm: norm(Role::PostAttentionNorm(idx))?,
+                feed_forward: FeedForward::load(source, idx, ffn, part)?,
             });
         }
         Ok(Transformer {
@@ -75,7 +81,7 @@ impl Transformer {
             },
             embedding,
             layers,
-            final_norm: source.vector(&[Role::FinalNorm])?,
+            final_norm: norm(Role::FinalNorm)?,
             spec,
         })
     }
@@ -106,11 +112,10 @@ impl Transformer {
                 None => rms_norm(ctx, &residual, &layer.input_norm, eps, dtype)?,
                 Some(delta) => add_rms_norm(ctx, &mut residual, &delta, &layer.input_norm, eps, dtype)?,
             };
+            let step = AttentionStep { batch, rope: &self.rope, out_dtype: dtype };
             let attended = match (&layer.attention, cache) {
-                (AttentionLayer::Gqa(gqa), LayerCache::Gqa(kv)) => gqa.forward(ctx, &x, kv, batch, &self.rope)?,
-                (AttentionLayer::Mla(mla), LayerCache::Mla(latent)) => {
-                    mla.forward(ctx, &x, latent, batch, &self.rope)?
-                }
+                (AttentionLayer::Gqa(gqa), LayerCache::Gqa(kv)) => gqa.forward(ctx, &x, kv, step)?,
+                (AttentionLayer::Mla(mla), LayerCache::Mla(latent)) => mla.forward(ctx, &x, latent, step)?,
                 _ => unreachable!("the cache was made for this model"),
             };
             let x = add_rms_norm(ctx, &mut residual, &attended, &layer.post_attention_norm, eps, dtype)?;

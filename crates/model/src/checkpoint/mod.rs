@@ -77,10 +77,11 @@ pub struct StoredTensor<'a> {
 }
 
 impl StoredTensor<'_> {
-    /// Lets the system take the file's pages back: the tensor was copied to where kernels want it.
-    pub fn release(&self) {
+    /// Lets the system take the file's pages of these bytes back: they were copied to where kernels want them.
+    pub fn release(&self, bytes: Range<usize>) {
+        assert!(bytes.end <= self.range.len(), "bytes {bytes:?} of a tensor of {}", self.range.len());
         if let FileBytes::Mapped(map) = &self.file.bytes {
-            map.release(self.range.clone());
+            map.release(self.range.start + bytes.start..self.range.start + bytes.end);
         }
     }
 }

@@ -3,6 +3,7 @@
 use moesaic_device::{Ctx, Tensor};
 use moesaic_kernels::experts::{ExpertWeights, RowsPerExpert, experts};
 use moesaic_kernels::paged::PagedBatch;
+use moesaic_plan::{ExpertId, Slice};
 use moesaic_spec::Ffn;
 use moesaic_spec::model::tensors::Role;
 
@@ -18,14 +19,29 @@ pub enum FeedForward {
     Moe(Box<MoeLayer>),
 }
 
+/// Which part of a feed-forward half is loaded. With a cut hidden width, results are parts of a sum over ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct FfnPart<'a> {
+    /// Of the hidden width of a dense MLP and of the shared expert.
+    pub mlp: Slice,
+    /// Routed experts, ascending.
+    pub experts: &'a [ExpertId],
+    /// Of the hidden width of each of them.
+    pub expert: Slice,
+}
+
 impl FeedForward {
-    pub(crate) fn load(source: &WeightSource, layer: usize, spec: &Ffn) -> Result<FeedForward, ModelError> {
+    pub(crate) fn load(
+        source: &WeightSource,
+        layer: usize,
+        spec: &Ffn,
+        part: FfnPart,
+    ) -> Result<FeedForward, ModelError> {
         Ok(match spec {
             Ffn::Dense(mlp) => {
-                let roles = |proj| Role::Dense(layer, proj);
-                FeedForward::Dense(source.experts(&[&roles], mlp.intermediate_size, mlp.activation)?)
+                FeedForward::Dense(source.mlp(|proj| Role::Dense(layer, proj), mlp.activation, part.mlp)?)
             }
-            Ffn::Moe(moe) => FeedForward::Moe(Box::new(MoeLayer::load(source, layer, moe)?)),
+            Ffn::Moe(moe) => FeedForward::Moe(Box::new(MoeLayer::load(source, layer, moe, part)?)),
         })
     }
 

@@ -11,7 +11,7 @@ use moesaic_kernels::router::router;
 use moesaic_spec::model::tensors::Role;
 use moesaic_spec::{DType, Moe};
 
-use super::ffn::dense;
+use super::ffn::{FfnPart, dense};
 use crate::ModelError;
 use crate::load::WeightSource;
 
@@ -25,17 +25,15 @@ pub struct MoeLayer {
 }
 
 impl MoeLayer {
-    pub(crate) fn load(source: &WeightSource, layer: usize, spec: &Moe) -> Result<MoeLayer, ModelError> {
-        let shared = |proj| Role::Shared(layer, proj);
+    pub(crate) fn load(source: &WeightSource, layer: usize, spec: &Moe, part: FfnPart) -> Result<MoeLayer, ModelError> {
+        let bias = spec.router.correction_bias.then(|| source.whole(Role::RouterBias(layer)));
+        let shared = || source.mlp(|proj| Role::Shared(layer, proj), spec.activation, part.mlp);
         Ok(MoeLayer {
             spec: spec.clone(),
-            gate: source.matrix(&[Role::Router(layer)])?,
-            correction_bias: source.vector_if(spec.router.correction_bias, &[Role::RouterBias(layer)])?,
-            experts: source.routed_experts(layer, spec)?,
-            shared: match spec.shared_intermediate_size {
-                0 => None,
-                width => Some(source.experts(&[&shared], width, spec.activation)?),
-            },
+            gate: source.matrix(&[source.whole(Role::Router(layer))])?,
+            correction_bias: source.vector_if_any(bias.as_slice())?,
+            experts: source.routed_experts(layer, spec, part.experts, part.expert)?,
+            shared: (spec.shared_intermediate_size > 0).then(shared).transpose()?,
         })
     }
 
