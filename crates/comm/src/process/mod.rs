@@ -113,6 +113,11 @@ pub fn join(join: Join<'_>) -> Result<Process, CommError> {
 }
 
 impl Process {
+    /// Waits last at most this long from now on; meeting the others may take longer than a message does.
+    pub fn set_deadline(&mut self, deadline: Duration) {
+        self.deadline = deadline;
+    }
+
     /// Gives memory back that peers have read.
     fn reclaim(&self) {
         for outgoing in self.peers.iter().flatten() {
