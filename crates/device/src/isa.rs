@@ -35,6 +35,14 @@ impl fmt::Display for Isa {
     }
 }
 
+impl std::str::FromStr for Isa {
+    type Err = DeviceError;
+
+    fn from_str(name: &str) -> Result<Isa, DeviceError> {
+        Isa::among(name, Isa::Amx)
+    }
+}
+
 impl serde::Serialize for Isa {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
@@ -51,10 +59,14 @@ impl Isa {
     /// [`Isa::detect`], or the weaker one that the variable `MOESAIC_ISA` names.
     pub fn from_env() -> Result<Isa, DeviceError> {
         let best = Isa::detect();
-        let Some(asked) = env::value("MOESAIC_ISA") else { return Ok(best) };
+        env::value("MOESAIC_ISA").map_or(Ok(best), |asked| Isa::among(&asked, best))
+    }
+
+    /// The one of this name, at most `best`.
+    fn among(name: &str, best: Isa) -> Result<Isa, DeviceError> {
         let usable = || ALL.into_iter().filter(|&isa| isa <= best);
-        usable().find(|isa| isa.to_string() == asked).ok_or_else(|| DeviceError::Isa {
-            asked,
+        usable().find(|isa| isa.to_string() == name).ok_or_else(|| DeviceError::Isa {
+            asked: name.to_string(),
             available: usable().map(|isa| isa.to_string()).collect::<Vec<_>>().join(", "),
         })
     }

@@ -30,6 +30,7 @@ pub mod op_log;
 pub mod pool;
 pub mod shared;
 pub mod tensor;
+mod time;
 
 pub use arena::{Arena, Region};
 pub use bandwidth::measure_read_bandwidth;
@@ -41,6 +42,7 @@ pub use op_log::{Amount, OpCall, Peer, Stream};
 pub use pool::{Pool, Task};
 pub use shared::{Counters, SharedMap};
 pub use tensor::Tensor;
+pub use time::{process_time, thread_time};
 
 use moesaic_spec::Bytes;
 

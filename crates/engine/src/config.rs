@@ -1,5 +1,7 @@
 //! Settings of one engine; names as in vLLM.
 
+use std::time::Duration;
+
 use moesaic_device::Isa;
 use moesaic_model::LoadDType;
 use moesaic_spec::Bytes;
@@ -21,7 +23,7 @@ pub struct EngineConfig {
     pub enable_prefix_caching: bool,
     /// Cut prompts into chunks beside decoding.
     pub enable_chunked_prefill: bool,
-    /// Threads of the CPU back end; all usable cores when `None`.
+    /// Threads of one rank; the usable cores shared out when `None`.
     pub num_threads: Option<usize>,
     /// Instruction set of the kernels, at most what the machine has; `MOESAIC_ISA` or the best when `None`.
     pub isa: Option<Isa>,
@@ -35,6 +37,12 @@ pub struct EngineConfig {
     pub dtype: LoadDType,
     /// Compute and keep the logits of every position (for parity checks).
     pub keep_logits: bool,
+    /// Keep every op and message of the last step (ranks in this process only).
+    pub record_calls: bool,
+    /// Measure the processor time of every action.
+    pub measure: bool,
+    /// Longest that a rank waits for another.
+    pub deadline: Duration,
 }
 
 impl Default for EngineConfig {
@@ -54,6 +62,9 @@ impl Default for EngineConfig {
             kv_cache: None,
             dtype: LoadDType::Auto,
             keep_logits: false,
+            record_calls: false,
+            measure: false,
+            deadline: Duration::from_secs(60),
         }
     }
 }

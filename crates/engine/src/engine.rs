@@ -1,9 +1,12 @@
 //! The loop: schedule, execute, commit, publish.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
-use moesaic_sched::{FinishReason, SchedStats, Scheduler, SeqId, SeqRequest, drive_step};
+use moesaic_sched::{FinishReason, SchedStats, Scheduler, SeqId, SeqRequest, drive_groups};
+use moesaic_spec::ModelSpec;
 
+use crate::adapt::Adaptation;
+use crate::executor::{Executor, StepRecord};
 use crate::{EngineError, MemoryLedger, Rank, SamplingParams};
 
 /// One prompt and how to go on from it.
@@ -37,7 +40,7 @@ pub struct TokenEvent {
 /// What one step did.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Step {
-    /// A token for each sequence that got one, in order of arrival.
+    /// A token for each sequence that got one, in order of arrival within each data-parallel group.
     pub events: Vec<TokenEvent>,
     /// Prompt tokens that were run.
     pub num_prefill_tokens: usize,
@@ -45,37 +48,60 @@ pub struct Step {
     pub num_decode_tokens: usize,
 }
 
-/// A scheduler and the rank that it drives.
+/// A scheduler for each data-parallel group, and the ranks that they drive.
 pub struct Engine {
-    scheduler: Scheduler,
-    rank: Rank,
+    schedulers: Vec<Scheduler>,
+    executor: Executor,
     ledger: MemoryLedger,
+    spec: ModelSpec,
     next_id: u64,
+    /// Group and tokens (prompt and longest answer) of every sequence that is not over.
+    open: BTreeMap<SeqId, (usize, usize)>,
 }
 
 impl Engine {
-    pub(crate) fn new(scheduler: Scheduler, rank: Rank, ledger: MemoryLedger) -> Engine {
-        Engine { scheduler, rank, ledger, next_id: 0 }
+    pub(crate) fn new(schedulers: Vec<Scheduler>, executor: Executor, ledger: MemoryLedger, spec: ModelSpec) -> Engine {
+        Engine { schedulers, executor, ledger, spec, next_id: 0, open: BTreeMap::new() }
     }
 
-    /// Who got how much memory.
+    /// Who got how much memory; of all ranks together.
     pub fn ledger(&self) -> &MemoryLedger {
         &self.ledger
     }
 
-    /// Running and waiting sequences, blocks, cache hits.
+    /// The model.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Running and waiting sequences, blocks, cache hits, of all groups together.
     pub fn stats(&self) -> SchedStats {
-        self.scheduler.stats()
+        self.schedulers.iter().map(Scheduler::stats).sum()
     }
 
-    /// The rank.
-    pub fn rank(&mut self) -> &mut Rank {
-        &mut self.rank
+    /// The rank, where there is only one.
+    pub fn single_rank(&mut self) -> Option<&mut Rank> {
+        self.executor.single_rank()
     }
 
-    /// Queues a request. It is refused at once if it can never run.
+    /// What the last step did on all ranks.
+    pub fn last_step(&self) -> &StepRecord {
+        self.executor.record()
+    }
+
+    /// What moves experts and chooses micro-batches.
+    pub fn adaptation(&mut self) -> &mut Adaptation {
+        &mut self.executor.adaptation
+    }
+
+    /// Kept logits of a sequence by position; they are given away.
+    pub fn take_logits(&mut self, id: SeqId) -> BTreeMap<usize, Vec<f32>> {
+        self.executor.take_logits(id)
+    }
+
+    /// Queues a request with the group that has the least to do. It is refused at once if it can never run.
     pub fn add(&mut self, request: Request) -> Result<SeqId, EngineError> {
-        let vocab_size = self.rank.transformer().spec().vocab_size;
+        let vocab_size = self.spec.vocab_size;
         if let Some(&id) = request.prompt.iter().find(|&&id| id as usize >= vocab_size) {
             return Err(EngineError::Invalid {
                 field: "prompt",
@@ -85,7 +111,10 @@ impl Engine {
         }
         request.sampling.validate()?;
         let id = SeqId(self.next_id);
-        self.scheduler.add(SeqRequest {
+        let mut load = vec![0; self.schedulers.len()];
+        self.open.values().for_each(|&(group, tokens)| load[group] += tokens);
+        let group = (0..load.len()).min_by_key(|&group| load[group]).expect("at least one group");
+        self.schedulers[group].add(SeqRequest {
             id,
             prompt: request.prompt.clone(),
             max_tokens: request.max_tokens,
@@ -93,45 +122,53 @@ impl Engine {
             cache_salt: 0,
         })?;
         self.next_id += 1;
-        self.rank.open(id, request.sampling, request.prompt);
+        self.open.insert(id, (group, request.prompt.len() + request.max_tokens));
+        self.executor.open(id, group, request.sampling, request.prompt);
         Ok(id)
     }
 
     /// Ends a request early and gives back what it held.
     pub fn abort(&mut self, id: SeqId) {
-        if self.scheduler.abort(id) {
-            self.rank.close(id);
+        let Some(&(group, _)) = self.open.get(&id) else { return };
+        if self.schedulers[group].abort(id) {
+            self.close(id);
         }
+    }
+
+    fn close(&mut self, id: SeqId) {
+        self.open.remove(&id);
+        self.executor.close(id);
     }
 
     /// Whether nothing is running or waiting.
     pub fn is_idle(&self) -> bool {
-        self.scheduler.is_idle()
+        self.schedulers.iter().all(Scheduler::is_idle)
     }
 
     /// Runs one step.
     pub fn step(&mut self) -> Result<Step, EngineError> {
-        let driven = drive_step(&mut self.scheduler, &mut self.rank)?;
-        let sampled = self.rank.take_sampled();
-        let sampling = driven.batch.seqs.iter().filter(|seq| seq.samples);
-        let mut by_id: HashMap<SeqId, _> = sampling.map(|seq| seq.id).zip(sampled).collect();
-        let num_tokens = driven.batch.num_tokens();
-        let num_decode_tokens = driven.batch.seqs.iter().filter(|seq| seq.samples && seq.token_ids.len() == 1).count();
-        let mut events = Vec::with_capacity(driven.updates.len());
-        for update in driven.updates {
-            let sampled = by_id.remove(&update.id).expect("every update was sampled");
-            match update.finish {
-                None => self.rank.push(update.id, update.token),
-                Some(_) => self.rank.close(update.id),
+        let mut step = Step::default();
+        for driven in drive_groups(&mut self.schedulers, &mut self.executor)? {
+            let num_tokens = driven.batch.num_tokens();
+            let decodes = driven.batch.seqs.iter().filter(|seq| seq.samples && seq.token_ids.len() == 1);
+            let num_decode_tokens = decodes.count();
+            step.num_decode_tokens += num_decode_tokens;
+            step.num_prefill_tokens += num_tokens - num_decode_tokens;
+            for update in driven.updates {
+                let sampled = self.executor.sampled(update.id);
+                match update.finish {
+                    None => self.executor.push(update.id, update.token),
+                    Some(_) => self.close(update.id),
+                }
+                step.events.push(TokenEvent {
+                    id: update.id,
+                    token: update.token,
+                    logprob: sampled.logprob,
+                    top_logprobs: sampled.top,
+                    finish: update.finish,
+                });
             }
-            events.push(TokenEvent {
-                id: update.id,
-                token: update.token,
-                logprob: sampled.logprob,
-                top_logprobs: sampled.top,
-                finish: update.finish,
-            });
         }
-        Ok(Step { events, num_prefill_tokens: num_tokens - num_decode_tokens, num_decode_tokens })
+        Ok(step)
     }
 }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use common::{GoldenModel, config, golden_names, greedy, prompt};
 use moesaic_device::{Arena, OpCall, Pool};
 use moesaic_engine::{Engine, EngineConfig, SeqId};
-use moesaic_model::{LoadDType, MetaModel, SeqShape, Transformer, WeightSource};
+use moesaic_model::{LoadDType, MetaModel, PartCache, SeqShape, Transformer, WeightSource};
+use moesaic_plan::{Plan, Rank};
 use moesaic_sched::{Execute, Scheduler, SchedulerConfig, SeqRequest, StepBatch, StepOutput, drive_step};
 use moesaic_spec::Bytes;
 use rand_chacha::ChaCha8Rng;
@@ -32,7 +33,8 @@ struct Shadow<'a> {
 impl Execute for Shadow<'_> {
     type Error = moesaic_engine::EngineError;
 
-    fn execute(&mut self, batch: &StepBatch) -> Result<StepOutput, Self::Error> {
+    fn execute(&mut self, batches: &[StepBatch]) -> Result<Vec<StepOutput>, Self::Error> {
+        let batch = &batches[0];
         let shape: Vec<SeqShape> = batch
             .seqs
             .iter()
@@ -43,15 +45,15 @@ impl Execute for Shadow<'_> {
             })
             .collect();
         let trace = self.meta.trace(&shape, self.config.block_size, self.config.keep_logits)?;
-        self.engine.rank().ctx().start_log();
+        self.engine.single_rank().unwrap().ctx().start_log();
         let step = self.engine.step()?;
-        let calls = self.engine.rank().ctx().take_log();
+        let calls = self.engine.single_rank().unwrap().ctx().take_log();
         let what = format!("{}, step {} {shape:?}", self.what, batch.step);
         assert_eq!(step.num_prefill_tokens + step.num_decode_tokens, batch.num_tokens(), "{what}");
         compare_logs(&what, &calls, &trace.calls);
         self.activation_peak = self.activation_peak.max(trace.activation_peak);
-        assert_eq!(self.engine.rank().ctx().arena().peak(), self.activation_peak, "{what}");
-        assert_eq!(self.engine.rank().ctx().arena().in_use(), Bytes(0), "{what}: a step gives back all it took");
+        assert_eq!(self.engine.single_rank().unwrap().ctx().arena().peak(), self.activation_peak, "{what}");
+        assert_eq!(self.engine.single_rank().unwrap().ctx().arena().in_use(), Bytes(0), "{what}: a step gives back all it took");
 
         let prefills = shape.iter().filter(|seq| seq.num_tokens > 1).count();
         let kind = match (prefills, shape.len() - prefills) {
@@ -61,7 +63,7 @@ impl Execute for Shadow<'_> {
             _ => "mixed",
         };
         *self.kinds.entry(kind).or_default() += 1;
-        Ok(StepOutput { sampled: step.events.iter().map(|event| (event.id, event.token)).collect() })
+        Ok(vec![StepOutput { sampled: step.events.iter().map(|event| (event.id, event.token)).collect() }])
     }
 }
 
@@ -228,7 +230,10 @@ fn weights_take_the_memory_that_meta_counts() {
             let meta = MetaModel::new(&model.spec, dtype, MAX_MODEL_LEN).unwrap();
             let arena = Arena::host("weight", Bytes(meta.weight_bytes.0 + (1 << 20))).unwrap();
             let source = WeightSource::checkpoint(&model.spec, dtype, &arena, &pool, &model.checkpoint);
-            let transformer = Transformer::load(&source, MAX_MODEL_LEN).unwrap();
+            let plan = Plan::single(&model.spec);
+            let (shard, experts) = (&plan.shards[0], plan.experts_of(Rank(0)));
+            let mut parts = PartCache::default();
+            let transformer = Transformer::load(&source, shard, &experts, MAX_MODEL_LEN, &mut parts).unwrap();
             assert_eq!(arena.peak(), meta.weight_bytes, "{name} {dtype:?}");
             assert_eq!(arena.in_use(), meta.weight_bytes, "{name} {dtype:?}: nothing is kept that is not a weight");
             assert_eq!(transformer.compute_dtype(), meta.transformer().compute_dtype());
@@ -250,9 +255,9 @@ fn dropped_tokens_only_make_a_step_smaller() {
         let trace = meta.trace(&shape, config.block_size, false).unwrap();
         let id = engine.add(greedy(&prompt(7, 40, model.spec.vocab_size), 1)).unwrap();
         assert_eq!(id, SeqId(0));
-        engine.rank().ctx().start_log();
+        engine.single_rank().unwrap().ctx().start_log();
         engine.step().unwrap();
-        let calls = engine.rank().ctx().take_log();
+        let calls = engine.single_rank().unwrap().ctx().take_log();
         let ops = |calls: &[OpCall]| calls.iter().map(|call| call.op).collect::<Vec<_>>();
         assert_eq!(ops(&calls), ops(&trace.calls), "{name}");
         let mut num_smaller = 0;
@@ -261,6 +266,6 @@ fn dropped_tokens_only_make_a_step_smaller() {
             num_smaller += usize::from(real.flops.bound < meta.flops.bound);
         }
         assert!(num_smaller > 0, "{name}: nothing was dropped");
-        assert!(engine.rank().ctx().arena().peak() <= trace.activation_peak, "{name}");
+        assert!(engine.single_rank().unwrap().ctx().arena().peak() <= trace.activation_peak, "{name}");
     }
 }

@@ -56,7 +56,7 @@ fn answer(model: &GoldenModel, spec: &ModelSpec, dtype: LoadDType, golden: &Gold
     let mut engine = model.launch(spec, &config);
     let request = greedy(&golden.prompt_ids, golden.logits.token_ids.len());
     let events = run(&mut engine, &[request]).remove(0);
-    let mut rows = engine.rank().take_logits(events[0].id);
+    let mut rows = engine.take_logits(events[0].id);
     let decode = rows.split_off(&golden.prompt_ids.len());
     Logits {
         prefill: rows.into_values().collect(),

@@ -4,7 +4,7 @@ use moesaic_device::Arena;
 use moesaic_kernels::paged::{KvShape, LatentShape, PagedKv, PagedLatent};
 use moesaic_spec::{Attention, Bytes, DType};
 
-use crate::ModelError;
+use crate::{ModelError, Transformer};
 
 /// One layer's pages.
 pub enum LayerCache {
@@ -55,6 +55,23 @@ impl KvCache {
         };
         let layers = (0..num_layers).map(|_| layer()).collect::<Result<_, ModelError>>()?;
         Ok(KvCache { layers, block_size, num_blocks })
+    }
+
+    /// The same for the heads and layers of a rank.
+    pub fn of_rank(
+        arena: &Arena,
+        transformer: &Transformer,
+        num_blocks: usize,
+        block_size: usize,
+    ) -> Result<KvCache, ModelError> {
+        let (attention, num_layers) = transformer.cached();
+        KvCache::new(arena, &attention, num_layers, transformer.compute_dtype(), num_blocks, block_size)
+    }
+
+    /// Memory of one page in all layers of a rank.
+    pub fn rank_block_bytes(transformer: &Transformer, block_size: usize) -> Result<Bytes, ModelError> {
+        let (attention, num_layers) = transformer.cached();
+        KvCache::block_bytes(&attention, num_layers, transformer.compute_dtype(), block_size)
     }
 
     /// Memory of one page in all layers, found by asking for it on `Meta`.

@@ -2,26 +2,31 @@
 //! checkpoints.
 //!
 //! A forward pass reads as its paper: embed; per layer norm, attention, norm, router, dispatch, experts, combine; norm,
-//! head. It is the same code on the CPU and on `Meta`, so what [`MetaModel`] reports is what a rank will do.
+//! head. Each of these is an action of a rank's schedule, done by [`Step`]. It is the same code on the CPU and on `Meta`, so
+//! what [`MetaModel`] reports is what a rank will do.
 //!
 //! This crate must never schedule, and owns no loop over steps.
 
 pub mod checkpoint;
+mod exchange;
 mod finite;
 pub mod kv_cache;
 pub mod layers;
 pub mod load;
+pub mod step;
 pub mod trace;
 pub mod transformer;
 
 pub use checkpoint::Checkpoint;
 pub use kv_cache::KvCache;
 pub use load::{LoadDType, WeightSource};
-pub use trace::{MetaModel, SeqShape, Trace};
-pub use transformer::{StepInput, Transformer};
+pub use step::{MicroBatch, Step, StepStats, Surroundings};
+pub use trace::{MetaModel, SeqShape, StepBounds, StepShape, Trace};
+pub use transformer::{PartCache, Transformer};
 
 use std::path::{Path, PathBuf};
 
+use moesaic_comm::CommError;
 use moesaic_device::DeviceError;
 use moesaic_kernels::KernelError;
 
@@ -42,6 +47,9 @@ pub enum ModelError {
     /// Memory or a file's mapping failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// Another rank did not do its part.
+    #[error(transparent)]
+    Comm(#[from] CommError),
 }
 
 impl ModelError {

@@ -1,13 +1,19 @@
-//! What a step will do, without doing it: the forward pass on `Meta`.
+//! What a step will do, without doing it: a rank's schedule on `Meta`.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use moesaic_comm::{Communicator, Meta};
 use moesaic_device::{Arena, Ctx, OpCall};
 use moesaic_kernels::gather_rows::gather_rows;
 use moesaic_kernels::paged::{PagedBatch, PagedSeq};
 use moesaic_kernels::sampler::{SampleRequest, SamplingParams, sample};
+use moesaic_plan::{Plan, Rank, Tag, Work};
 use moesaic_spec::{Bytes, ModelSpec};
 
 use crate::load::LoadDType;
-use crate::{KvCache, ModelError, StepInput, Transformer, WeightSource};
+use crate::transformer::PartCache;
+use crate::{KvCache, MicroBatch, ModelError, Step, Surroundings, Transformer, WeightSource};
 
 /// The shape of one sequence's part in a step.
 #[derive(Clone, Copy, Debug)]
@@ -20,28 +26,64 @@ pub struct SeqShape {
     pub samples: bool,
 }
 
+/// The shape of a step: the same for every micro-batch of every data-parallel group.
+#[derive(Clone, Copy, Debug)]
+pub struct StepShape<'a> {
+    /// Sequences of a micro-batch.
+    pub seqs: &'a [SeqShape],
+    /// Tokens of a KV block.
+    pub block_size: usize,
+    /// The logits of every row are wanted.
+    pub all_logits: bool,
+    /// Micro-batches.
+    pub num_micro_batches: usize,
+}
+
 /// What the `Meta` run of a step reports.
 #[derive(Clone, Debug)]
 pub struct Trace {
-    /// Every op in order.
+    /// Every op and message in order.
     pub calls: Vec<OpCall>,
     /// Size of the activation arena that the step needs.
     pub activation_peak: Bytes,
 }
 
-/// A model without data: its weights are counted, and any step can be traced.
+/// Memory that is enough for a step and for every smaller one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepBounds {
+    /// Activation arena.
+    pub activations: Bytes,
+    /// Arena of messages that are sent or have arrived.
+    pub exchange: Bytes,
+}
+
+/// One rank's model without data: its weights are counted, and any step can be traced.
 pub struct MetaModel {
+    plan: Arc<Plan>,
     transformer: Transformer,
     /// Memory of the weights as kernels want them.
     pub weight_bytes: Bytes,
 }
 
 impl MetaModel {
-    /// Builds the model as it would be loaded.
+    /// Builds the model as one rank would load it.
     pub fn new(spec: &ModelSpec, dtype: LoadDType, max_model_len: usize) -> Result<MetaModel, ModelError> {
+        MetaModel::of_rank(spec, dtype, max_model_len, &Arc::new(Plan::single(spec)), Rank(0))
+    }
+
+    /// Builds a rank's part of the model as it would be loaded.
+    pub fn of_rank(
+        spec: &ModelSpec,
+        dtype: LoadDType,
+        max_model_len: usize,
+        plan: &Arc<Plan>,
+        rank: Rank,
+    ) -> Result<MetaModel, ModelError> {
         let weights = Arena::meta("weight");
-        let transformer = Transformer::load(&WeightSource::meta(spec, dtype, &weights), max_model_len)?;
-        Ok(MetaModel { transformer, weight_bytes: weights.peak() })
+        let source = WeightSource::meta(spec, dtype, &weights);
+        let (shard, experts) = (&plan.shards[rank.idx()], plan.experts_of(rank));
+        let transformer = Transformer::load(&source, shard, &experts, max_model_len, &mut PartCache::default())?;
+        Ok(MetaModel { plan: plan.clone(), transformer, weight_bytes: weights.peak() })
     }
 
     /// The transformer.
@@ -49,32 +91,47 @@ impl MetaModel {
         &self.transformer
     }
 
-    /// Runs one step on `Meta`, sampling included; `all_logits` asks for the logits of every row.
-    pub fn trace(&self, shape: &[SeqShape], block_size: usize, all_logits: bool) -> Result<Trace, ModelError> {
+    /// Runs one step of one micro-batch on `Meta`, sampling included; `all_logits` asks for the logits of every row.
+    pub fn trace(&self, seqs: &[SeqShape], block_size: usize, all_logits: bool) -> Result<Trace, ModelError> {
         let ctx = Ctx::meta();
-        self.run(&ctx, shape, block_size, all_logits)?;
+        self.run(&ctx, StepShape { seqs, block_size, all_logits, num_micro_batches: 1 })?;
         Ok(Trace { calls: ctx.take_log(), activation_peak: ctx.arena().peak() })
     }
 
-    /// Size at which an activation arena has room for this step and for every other that asks for the same tensors or
-    /// smaller ones ([`Arena::sufficient`]). Ops are not counted, so the step may be larger than any machine's.
-    pub fn activation_bound(
-        &self,
-        shape: &[SeqShape],
-        block_size: usize,
-        all_logits: bool,
-    ) -> Result<Bytes, ModelError> {
+    /// Sizes at which arenas have room for this step and for every other that asks for the same tensors or smaller ones
+    /// ([`Arena::sufficient`]).
+    pub fn bounds(&self, shape: StepShape) -> Result<StepBounds, ModelError> {
         let ctx = Ctx::meta();
-        ctx.stop_log();
-        self.run(&ctx, shape, block_size, all_logits)?;
-        Ok(ctx.arena().sufficient())
+        // Without messages nothing needs the log, and the step may be larger than any machine's.
+        if self.plan.world_size() == 1 {
+            ctx.stop_log();
+        }
+        let arrived = self.run(&ctx, shape)?;
+        let activations = ctx.arena().sufficient();
+        // Nobody is more than a layer ahead of another, because each layer's answers are waited for; so at most two layers'
+        // messages exist at a time. Twice that, because ranges that come and go in any order leave holes.
+        let mut sent: BTreeMap<u32, u64> = BTreeMap::new();
+        for call in ctx.take_log() {
+            if let Some(peer) = call.peer.filter(|peer| peer.outbound) {
+                let tag = Tag::from_code(peer.tag, 0).expect("our own tag");
+                *sent.entry(tag.layer).or_default() += call.bytes.bound;
+            }
+        }
+        let most_sent = sent.values().max().copied().unwrap_or(0);
+        let exchange = match self.plan.world_size() {
+            1 => Bytes(0),
+            _ => Bytes(4 * (most_sent + arrived.0) + (1 << 20)),
+        };
+        Ok(StepBounds { activations, exchange })
     }
 
-    fn run(&self, ctx: &Ctx, shape: &[SeqShape], block_size: usize, all_logits: bool) -> Result<(), ModelError> {
+    /// Returns what has arrived from other ranks at most, in one layer.
+    fn run(&self, ctx: &Ctx, shape: StepShape) -> Result<Bytes, ModelError> {
+        let StepShape { seqs, block_size, all_logits, num_micro_batches } = shape;
         let mut num_blocks = 0;
         let mut row0 = 0;
         let mut sampled_rows = Vec::new();
-        let seqs = shape
+        let seqs: Vec<PagedSeq> = seqs
             .iter()
             .map(|seq| {
                 let blocks = seq.context_len.div_ceil(block_size);
@@ -92,22 +149,37 @@ impl MetaModel {
                 }
             })
             .collect();
-        let (spec, dtype) = (self.transformer.spec(), self.transformer.compute_dtype());
-        let (attention, num_layers) = (&spec.attention, spec.layers.len());
-        let mut kv = KvCache::new(&Arena::meta("kv"), attention, num_layers, dtype, num_blocks, block_size)?;
-        let all_rows: Vec<usize> = (0..row0).collect();
-        let input = StepInput {
-            token_ids: &vec![0; row0],
-            batch: PagedBatch::new(block_size, seqs)?,
-            logit_rows: if all_logits { &all_rows } else { &sampled_rows },
+        let mut kv = KvCache::of_rank(&Arena::meta("kv"), &self.transformer, num_blocks, block_size)?;
+        let has_rows = self.transformer.shard().attention.is_some();
+        let micro_batch = || {
+            Ok::<_, ModelError>(MicroBatch {
+                token_ids: if has_rows { vec![0; row0] } else { Vec::new() },
+                batch: PagedBatch::new(block_size, if has_rows { seqs.clone() } else { Vec::new() })?,
+                logit_rows: if all_logits { (0..row0).collect() } else { sampled_rows.clone() },
+                group_rows: vec![row0; self.plan.num_groups()],
+            })
         };
-        let mut logits = self.transformer.forward(ctx, &input, &mut kv)?;
-        if all_logits {
-            logits = gather_rows(ctx, &logits, &sampled_rows)?;
+        let rank = self.transformer.shard().rank;
+        let comm = Meta::new(rank, self.plan.world_size());
+        let exchange = comm.exchange().clone();
+        let around = Surroundings { ctx, comm: &comm, plan: &self.plan, placement: &self.plan.placement, step: 0 };
+        let micro_batches = (0..num_micro_batches).map(|_| micro_batch()).collect::<Result<_, _>>()?;
+        let mut step = Step::new(around, &self.transformer, &mut kv, micro_batches);
+        for action in &self.plan.schedule(self.transformer.spec(), rank, num_micro_batches).actions {
+            match action.work {
+                Work::Sample => {
+                    let logits = step.take_logits(action.micro_batch as usize);
+                    let Some(mut logits) = logits else { continue };
+                    if all_logits {
+                        logits = gather_rows(ctx, &logits, &sampled_rows)?;
+                    }
+                    let params = SamplingParams::default();
+                    let request = SampleRequest { params: &params, prompt: &[], generated: &[] };
+                    sample(ctx, &logits, &vec![request; sampled_rows.len()])?;
+                }
+                _ => step.run(action)?,
+            }
         }
-        let params = SamplingParams::default();
-        let request = SampleRequest { params: &params, prompt: &[], generated: &[] };
-        sample(ctx, &logits, &vec![request; sampled_rows.len()])?;
-        Ok(())
+        Ok(exchange.peak())
     }
 }

@@ -14,6 +14,8 @@ pub struct MemoryRequest {
     pub weights: Bytes,
     /// Activation arena that is enough for every step.
     pub activations: Bytes,
+    /// Messages between ranks.
+    pub exchange: Bytes,
     /// Buffers outside the arenas: logits and sampling, detokeniser, code.
     pub workspace: Bytes,
     /// Tables outside the arenas, for each position of the longest sequence.
@@ -33,7 +35,7 @@ pub struct MemoryRequest {
 impl MemoryRequest {
     /// Everything but the KV cache.
     fn fixed(&self, max_model_len: usize) -> Bytes {
-        let arenas = self.weights.0.saturating_add(self.activations.0);
+        let arenas = self.weights.0.saturating_add(self.activations.0).saturating_add(self.exchange.0);
         let positions = self.position_bytes.0.saturating_mul(max_model_len as u64);
         Bytes(arenas.saturating_add(self.workspace.0).saturating_add(positions))
     }
@@ -55,6 +57,8 @@ pub struct MemoryLedger {
     pub kv_cache_bytes: u64,
     /// Activation arena.
     pub activations_bytes: u64,
+    /// Messages between ranks.
+    pub exchange_bytes: u64,
     /// Buffers outside the arenas.
     pub workspace_bytes: u64,
     /// KV blocks.
@@ -66,9 +70,10 @@ pub struct MemoryLedger {
 /// The parts need more than there is.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error(
-    "cannot fit: weights {} + one sequence's KV cache {kv_needed} ({} tokens) + activations {} + workspace {} = {needed}, \
+    "cannot fit: weights {} + one sequence's KV cache {kv_needed} ({} tokens) + activations {}{} + workspace {} = {needed}, \
      but only {} may be used; {advice}",
-    request.weights, request.max_model_len, request.activations, request.all_workspace(), request.budget
+    request.weights, request.max_model_len, request.activations, messages(request.exchange), request.all_workspace(),
+    request.budget
 )]
 pub struct CannotFit {
     /// What was asked for.
@@ -79,6 +84,11 @@ pub struct CannotFit {
     pub needed: Bytes,
     /// What would help.
     pub advice: Advice,
+}
+
+/// A single rank has none.
+fn messages(exchange: Bytes) -> String {
+    if exchange.0 == 0 { String::new() } else { format!(" + messages {exchange}") }
 }
 
 /// The settings that would make it fit.
@@ -128,6 +138,7 @@ impl MemoryLedger {
             weights_bytes: request.weights.0,
             kv_cache_bytes: wanted as u64 * request.block_bytes.0,
             activations_bytes: request.activations.0,
+            exchange_bytes: request.exchange.0,
             workspace_bytes: request.all_workspace().0,
             num_blocks: wanted,
             block_size: request.block_size,
@@ -136,7 +147,7 @@ impl MemoryLedger {
 
     /// Everything together.
     pub fn total_bytes(&self) -> u64 {
-        self.weights_bytes + self.kv_cache_bytes + self.activations_bytes + self.workspace_bytes
+        self.weights_bytes + self.kv_cache_bytes + self.activations_bytes + self.exchange_bytes + self.workspace_bytes
     }
 
     fn cannot_fit(request: &MemoryRequest, blocks: usize, fitting: usize, fixed: Bytes) -> CannotFit {
@@ -180,6 +191,9 @@ impl fmt::Display for MemoryLedger {
             self.num_blocks, self.block_size
         )?;
         writeln!(f, "          activations {:>12}", Bytes(self.activations_bytes).to_string())?;
+        if self.exchange_bytes > 0 {
+            writeln!(f, "          messages    {:>12}", Bytes(self.exchange_bytes).to_string())?;
+        }
         writeln!(f, "          workspace   {:>12}", Bytes(self.workspace_bytes).to_string())?;
         write!(
             f,
@@ -201,6 +215,7 @@ mod tests {
             budget: Bytes(100 * MIB),
             weights: Bytes(60 * MIB),
             activations: Bytes(10 * MIB),
+            exchange: Bytes(0),
             workspace: Bytes(2 * MIB),
             position_bytes: Bytes(0),
             block_bytes: Bytes(MIB),

@@ -229,8 +229,11 @@ pub struct MemoryPlan {
     pub utilization: Option<f64>,
 }
 
+/// Parts that a step is cut into at most: beyond four, each is too small to keep a GPU busy.
+pub const MAX_MICRO_BATCHES: usize = 4;
+
 /// A plan that was found right for one model and one cluster.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Plan {
     /// As the file says.
     pub file: PlanFile,
@@ -245,7 +248,7 @@ pub struct Plan {
 }
 
 /// One pipeline stage.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
     /// Its decoder layers.
     pub layers: Range<usize>,

@@ -4,14 +4,14 @@ use std::ops::{Range, RangeInclusive};
 
 use moesaic_spec::{Cluster, Ffn, ModelSpec};
 
-use crate::plan::{InitialPlacement, Mesh, Pool};
+use crate::plan::{InitialPlacement, MAX_MICRO_BATCHES, Mesh, Pool};
 use crate::{PlanError, PlanFile, Slice};
 
 /// Ranks of a plan: some times the largest deployment that the papers think of (14,848).
 pub const MAX_RANKS: usize = 1 << 16;
 
 /// Micro-batches that a step may be split into.
-const MICRO_BATCHES: RangeInclusive<usize> = 1..=4;
+const MICRO_BATCHES: RangeInclusive<usize> = 1..=MAX_MICRO_BATCHES;
 
 impl PlanFile {
     /// Whether experts are placed one by one; otherwise every rank of a group has a part of each.

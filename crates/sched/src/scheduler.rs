@@ -34,6 +34,21 @@ pub struct SchedStats {
     pub prefix_cache_hits: u64,
 }
 
+impl std::iter::Sum for SchedStats {
+    fn sum<I: Iterator<Item = SchedStats>>(stats: I) -> SchedStats {
+        stats.fold(SchedStats::default(), |a, b| SchedStats {
+            running: a.running + b.running,
+            waiting: a.waiting + b.waiting,
+            free_blocks: a.free_blocks + b.free_blocks,
+            cached_free_blocks: a.cached_free_blocks + b.cached_free_blocks,
+            used_blocks: a.used_blocks + b.used_blocks,
+            preemptions: a.preemptions + b.preemptions,
+            prefix_cache_queries: a.prefix_cache_queries + b.prefix_cache_queries,
+            prefix_cache_hits: a.prefix_cache_hits + b.prefix_cache_hits,
+        })
+    }
+}
+
 /// Decides before each step which tokens run in it. See the crate's documentation for an example.
 ///
 /// The round is [`schedule`](Self::schedule), execute, [`commit`](Self::commit); [`drive_step`](crate::drive_step) is

@@ -1,11 +1,11 @@
 //! Weights of a group of experts.
 
-use moesaic_device::{Arena, Pool};
+use moesaic_device::{Arena, Pool, Tensor};
 use moesaic_spec::{Bytes, DType};
 
 use super::{Activation, OP};
 use crate::KernelError;
-use crate::contract::require;
+use crate::contract::{check, require};
 use crate::matrix::{PackedMatrix, Placement, SourceMatrix, TILE_N, packed_bytes};
 
 /// Experts of one shape.
@@ -79,6 +79,29 @@ impl ExpertWeight {
     /// Size in memory.
     pub fn size_bytes(&self) -> Bytes {
         Bytes(self.gate_up.size_bytes().0 + self.down.size_bytes().0)
+    }
+
+    /// The weights as they lie in memory, for a message to another rank.
+    pub fn to_tensors(&self, arena: &Arena) -> Result<Vec<Tensor>, KernelError> {
+        let copy = |matrix: &PackedMatrix| {
+            let packed = matrix.packed();
+            let mut tensor = Tensor::empty(arena, &[packed.len()], DType::U8)?;
+            tensor.bytes_mut().copy_from_slice(packed);
+            Ok(tensor)
+        };
+        [&self.gate_up, &self.down].into_iter().map(copy).collect()
+    }
+
+    /// Takes over what [`ExpertWeight::to_tensors`] of an expert of the same shape and type gave.
+    pub fn fill(&mut self, tensors: &[Tensor]) -> Result<(), KernelError> {
+        let num = tensors.len();
+        require(num == 2, OP, "tensors of an expert", || "2".into(), || num.to_string())?;
+        for (matrix, tensor) in [&mut self.gate_up, &mut self.down].into_iter().zip(tensors) {
+            let packed = matrix.packed_mut();
+            check(OP, "packed matrix", tensor, &[packed.len()], DType::U8)?;
+            packed.copy_from_slice(tensor.bytes());
+        }
+        Ok(())
     }
 
     /// The first matrix, packed.

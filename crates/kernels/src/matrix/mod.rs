@@ -128,6 +128,16 @@ impl PackedMatrix {
         packed_bytes(self.n, self.k, self.dtype)
     }
 
+    /// All of it as it lies in memory, for another rank that wants the same matrix.
+    pub(crate) fn packed(&self) -> &[u8] {
+        self.region.bytes()
+    }
+
+    /// The same, to be filled with what [`PackedMatrix::packed`] gave elsewhere.
+    pub(crate) fn packed_mut(&mut self) -> &mut [u8] {
+        self.region.bytes_mut()
+    }
+
     /// Whether there is no data.
     pub fn is_meta(&self) -> bool {
         self.region.is_meta()

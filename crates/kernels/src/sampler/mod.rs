@@ -47,7 +47,7 @@ pub struct SampleRequest<'a> {
 }
 
 /// A token and what the model thought of it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Sampled {
     /// The token.
     pub token: u32,

@@ -8,7 +8,7 @@ use crate::contract::require;
 const GREEDY_BELOW: f32 = 1e-5;
 
 /// How a request's tokens are chosen. The default draws from the model's distribution as it is.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct SamplingParams {
     /// Divides the logits; 0 always takes the likeliest token.
     pub temperature: f32,

@@ -1,11 +1,10 @@
-//! The feed-forward half of a layer: a dense MLP or routed experts.
+//! The feed-forward half of a layer, but for routed experts: a dense MLP, or what stays with the tokens of those.
 
 use moesaic_device::{Ctx, Tensor};
 use moesaic_kernels::experts::{ExpertWeights, RowsPerExpert, experts};
-use moesaic_kernels::paged::PagedBatch;
-use moesaic_plan::{ExpertId, Slice};
-use moesaic_spec::Ffn;
+use moesaic_plan::Slice;
 use moesaic_spec::model::tensors::Role;
+use moesaic_spec::{DType, Ffn};
 
 use crate::ModelError;
 use crate::layers::MoeLayer;
@@ -15,46 +14,29 @@ use crate::load::WeightSource;
 pub enum FeedForward {
     /// One expert that every token goes to.
     Dense(ExpertWeights),
-    /// A router and its experts.
+    /// A router and a shared expert.
     Moe(Box<MoeLayer>),
 }
 
-/// Which part of a feed-forward half is loaded. With a cut hidden width, results are parts of a sum over ranks.
-#[derive(Clone, Copy, Debug)]
-pub struct FfnPart<'a> {
-    /// Of the hidden width of a dense MLP and of the shared expert.
-    pub mlp: Slice,
-    /// Routed experts, ascending.
-    pub experts: &'a [ExpertId],
-    /// Of the hidden width of each of them.
-    pub expert: Slice,
-}
-
 impl FeedForward {
+    /// `slice` is of the hidden width of a dense MLP or of the shared expert. With a cut width, results are parts of a sum
+    /// over ranks.
     pub(crate) fn load(
         source: &WeightSource,
         layer: usize,
         spec: &Ffn,
-        part: FfnPart,
+        slice: Slice,
     ) -> Result<FeedForward, ModelError> {
         Ok(match spec {
             Ffn::Dense(mlp) => {
-                FeedForward::Dense(source.mlp(|proj| Role::Dense(layer, proj), mlp.activation, part.mlp)?)
+                FeedForward::Dense(source.mlp(|proj| Role::Dense(layer, proj), mlp.activation, slice)?)
             }
-            Ffn::Moe(moe) => FeedForward::Moe(Box::new(MoeLayer::load(source, layer, moe, part)?)),
+            Ffn::Moe(moe) => FeedForward::Moe(Box::new(MoeLayer::load(source, layer, moe, slice)?)),
         })
-    }
-
-    /// `x [T, D] → [T, D]`.
-    pub fn forward(&self, ctx: &Ctx, x: &Tensor, batch: &PagedBatch) -> Result<Tensor, ModelError> {
-        match self {
-            FeedForward::Dense(weights) => dense(ctx, x, weights),
-            FeedForward::Moe(moe) => moe.forward(ctx, x, batch),
-        }
     }
 }
 
 /// An MLP is a group of one expert.
-pub(super) fn dense(ctx: &Ctx, x: &Tensor, weights: &ExpertWeights) -> Result<Tensor, ModelError> {
-    Ok(experts(ctx, x, RowsPerExpert::Known(&[0, x.dims()[0]]), weights, x.dtype())?)
+pub(crate) fn dense(ctx: &Ctx, x: &Tensor, weights: &ExpertWeights, out_dtype: DType) -> Result<Tensor, ModelError> {
+    Ok(experts(ctx, x, RowsPerExpert::Known(&[0, x.dims()[0]]), weights, out_dtype)?)
 }

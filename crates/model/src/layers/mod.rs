@@ -10,7 +10,7 @@ pub mod moe;
 
 pub use attention::{GqaAttention, Projected};
 pub use embedding::Embedding;
-pub use ffn::{FeedForward, FfnPart};
+pub use ffn::FeedForward;
 pub use heads::{attention_of, kv_heads_of};
 pub use mla::MlaAttention;
 pub use moe::MoeLayer;

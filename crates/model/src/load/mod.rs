@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use moesaic_device::{Arena, Pool};
 use moesaic_kernels::KernelError;
 use moesaic_kernels::matrix::SourceMatrix;
-use moesaic_spec::model::tensors::{Role, TensorSpec};
+use moesaic_spec::model::tensors::{Proj, Role, TensorSpec};
 use moesaic_spec::{DType, ModelSpec};
 
 use crate::checkpoint::{Checkpoint, RandomWeights};
@@ -23,7 +23,7 @@ pub(crate) use matrices::LatentHeads;
 pub(crate) use part::{Cut, Part};
 
 /// The type that matrices take in memory (`--dtype`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub enum LoadDType {
     /// As stored; F16 becomes F32, which holds it exactly.
     #[default]
@@ -114,6 +114,12 @@ impl<'a> WeightSource<'a> {
     /// Element type of activations.
     pub fn compute_dtype(&self) -> DType {
         self.plain_dtype().compute()
+    }
+
+    /// The type that routed experts of a layer take in memory.
+    pub(crate) fn expert_dtype(&self, layer: usize) -> DType {
+        let role = Role::Expert { layer, expert: 0, proj: Proj::Up };
+        if self.tensors.contains_key(&role) { self.matrix_dtype(role) } else { self.plain_dtype() }
     }
 
     /// The type of matrices that are not FP8 blocks.

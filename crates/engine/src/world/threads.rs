@@ -1,0 +1,122 @@
+//! Ranks that are threads of this process.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use moesaic_device::DeviceError;
+use moesaic_plan::Rank as RankId;
+
+use super::root_cause;
+use crate::wire::{StepCommand, StepReply};
+use crate::{EngineError, Rank};
+
+/// Stack of a rank's thread: kernels keep blocks of a product there.
+const STACK_BYTES: usize = 4 << 20;
+
+type Reply = (RankId, Result<StepReply, EngineError>);
+
+/// The threads.
+pub(crate) struct Threads {
+    commands: Vec<SyncSender<StepCommand>>,
+    replies: Receiver<Reply>,
+    workers: Vec<JoinHandle<()>>,
+    /// How long a step may take beyond what a wait between ranks may.
+    deadline: Duration,
+    failed: Option<String>,
+}
+
+impl Threads {
+    /// Starts one thread for each rank, in order.
+    pub(crate) fn start(ranks: Vec<Rank>, deadline: Duration) -> Result<Threads, EngineError> {
+        let (reply, replies) = channel();
+        let (num_ranks, mut commands, mut workers) = (ranks.len(), Vec::new(), Vec::new());
+        for rank in ranks {
+            let (command, inbox) = sync_channel(1);
+            let (id, reply) = (rank.comm.rank(), reply.clone());
+            let worker = std::thread::Builder::new()
+                .name(format!("rank-{id}"))
+                .stack_size(STACK_BYTES)
+                .spawn(move || work(rank, &inbox, &reply))
+                .map_err(|why| DeviceError::Threads { refused: id.idx() + 1, asked: num_ranks, why })?;
+            commands.push(command);
+            workers.push(worker);
+        }
+        Ok(Threads { commands, replies, workers, deadline, failed: None })
+    }
+
+    pub(crate) fn step(&mut self, commands: Vec<StepCommand>) -> Result<Vec<StepReply>, EngineError> {
+        if let Some(why) = &self.failed {
+            return Err(EngineError::Ended { why: why.clone() });
+        }
+        let result = self.try_step(commands);
+        if let Err(error) = &result {
+            self.failed = Some(error.to_string());
+        }
+        result
+    }
+
+    fn try_step(&mut self, commands: Vec<StepCommand>) -> Result<Vec<StepReply>, EngineError> {
+        let num_ranks = self.commands.len();
+        for (rank, (inbox, command)) in self.commands.iter().zip(commands).enumerate() {
+            inbox.send(command).map_err(|_| EngineError::Ended { why: format!("rank {rank}'s thread is gone") })?;
+        }
+        let mut replies: Vec<Option<StepReply>> = (0..num_ranks).map(|_| None).collect();
+        let mut errors = Vec::new();
+        let mut until = Instant::now() + self.deadline;
+        for _ in 0..num_ranks {
+            match self.replies.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok((rank, Ok(reply))) => replies[rank.idx()] = Some(reply),
+                Ok((rank, Err(error))) => {
+                    errors.push((rank, error));
+                    // Whoever waits for the failed rank knows by now; the rest is late for another reason.
+                    until = until.min(Instant::now() + Duration::from_secs(1));
+                }
+                Err(RecvTimeoutError::Timeout) if !errors.is_empty() => break,
+                Err(_) => {
+                    let late = replies.iter().position(Option::is_none).expect("a reply is missing");
+                    let seconds = self.deadline.as_secs_f64();
+                    return Err(EngineError::Stalled { rank: RankId(late as u32), seconds });
+                }
+            }
+        }
+        if !errors.is_empty() {
+            return Err(root_cause(errors));
+        }
+        Ok(replies.into_iter().map(|reply| reply.expect("every rank has replied")).collect())
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.commands.clear();
+        for worker in self.workers.drain(..) {
+            // A rank that hangs is left behind: it must not keep the program from ending.
+            if self.failed.is_none() || worker.is_finished() {
+                // A panic of a rank was its reply.
+                let _ = worker.join();
+            }
+        }
+    }
+}
+
+fn work(mut rank: Rank, inbox: &Receiver<StepCommand>, replies: &Sender<Reply>) {
+    let id = rank.comm.rank();
+    while let Ok(command) = inbox.recv() {
+        let result = catch_unwind(AssertUnwindSafe(|| rank.step(command)));
+        let result = result.unwrap_or_else(|panic| Err(EngineError::Panicked { rank: id, what: text_of(&*panic) }));
+        let failure = result.as_ref().err().map(ToString::to_string);
+        if let Some(why) = &failure {
+            rank.comm.abort(why);
+        }
+        if replies.send((id, result)).is_err() || failure.is_some() {
+            return;
+        }
+    }
+}
+
+pub(super) fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+}

@@ -1,0 +1,81 @@
+//! Plan files, clusters and workloads as a user names them: a preset, or a file.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use moesaic_plan::{Placement, Plan, PlanFile, RoutingTrace};
+use moesaic_plan::plan::InitialPlacement;
+use moesaic_spec::{Cluster, ModelSpec, Workload, cluster_preset, workload_preset};
+
+use crate::args::ModelArgs;
+
+/// A description larger than this is not one.
+const MAX_BYTES: u64 = 64 << 20;
+/// What plan files call the model inside the binary.
+const EMBEDDED: &str = "tiny-moe";
+
+/// What a plan file calls the model of these flags.
+pub(crate) fn model_name(args: &ModelArgs) -> String {
+    args.model().map_or(EMBEDDED.to_string(), |path| path.display().to_string())
+}
+
+/// Reads a plan file.
+pub(crate) fn read(path: &Path) -> Result<PlanFile> {
+    Ok(PlanFile::from_yaml(&text(path)?, &path.display().to_string())?)
+}
+
+/// A plan file for this model, made into a plan on the cluster that it names.
+pub(crate) fn open(path: &Path, model: &ModelSpec) -> Result<(Plan, Cluster)> {
+    let file = read(path)?;
+    let cluster = cluster(&file.cluster)?;
+    let plan = resolve(file, model, &cluster).with_context(|| path.display().to_string())?;
+    Ok((plan, cluster))
+}
+
+/// A plan whose experts are placed, by a routing trace if the file asks for one.
+pub(crate) fn resolve(file: PlanFile, model: &ModelSpec, cluster: &Cluster) -> Result<Plan> {
+    let trace = match &file.moe.placement {
+        InitialPlacement::Trace(path) => Some((path.clone(), text(Path::new(path))?)),
+        _ => None,
+    };
+    let plan = Plan::new(file, model, cluster)?;
+    match trace {
+        None => Ok(plan),
+        Some((path, text)) => {
+            let trace = RoutingTrace::from_json(&text, &path)?;
+            let placement: Placement = plan.placement_for(&trace)?;
+            Ok(plan.with_placement(placement)?)
+        }
+    }
+}
+
+/// A preset's cluster, or a file's.
+pub(crate) fn cluster(name: &str) -> Result<Cluster> {
+    match is_file(name) {
+        true => Ok(Cluster::from_yaml(&text(Path::new(name))?, name)?),
+        false => Ok(cluster_preset(name)?),
+    }
+}
+
+/// A preset's workload, or a file's.
+pub(crate) fn workload(name: &str) -> Result<Workload> {
+    match is_file(name) {
+        true => Ok(Workload::from_yaml(&text(Path::new(name))?, name)?),
+        false => Ok(workload_preset(name)?),
+    }
+}
+
+fn is_file(name: &str) -> bool {
+    name.ends_with(".yaml") || name.ends_with(".yml") || name.contains('/')
+}
+
+fn text(path: &Path) -> Result<String> {
+    let metadata = fs::metadata(path).with_context(|| path.display().to_string())?;
+    ensure!(
+        metadata.is_file() && metadata.len() <= MAX_BYTES,
+        "{}: is not a file of at most {MAX_BYTES} bytes",
+        path.display()
+    );
+    fs::read_to_string(path).with_context(|| path.display().to_string())
+}
