@@ -1,8 +1,8 @@
 //! Prices for what ranks do, on any cluster.
 //!
 //! Ranks run where they can, on a laptop as threads; what they did (every op, every message, in order) is kept. This crate
-//! replays those records on a virtual clock that is priced for a cluster ([`clock`]), sums them up ([`metrics`]), and
-//! draws them ([`trace`]).
+//! replays those records on a virtual clock that is priced for a cluster ([`clock`]), sums them up ([`metrics`]), draws
+//! them ([`trace`]), and sets strategies side by side ([`report`]).
 //!
 //! This crate must never be imported by what runs a model, and needs no device. It gets plain records, and knows neither
 //! the engine nor the wall clock.
@@ -31,6 +31,7 @@ pub mod cost;
 pub mod error;
 pub mod metrics;
 pub mod record;
+pub mod report;
 pub mod trace;
 
 pub use clock::{ClockSettings, StepInput, StepTimes, VirtualClock};

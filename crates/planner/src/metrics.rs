@@ -119,7 +119,7 @@ pub struct CommShares {
     pub total: f64,
     /// The part of it in which the compute lane is idle.
     pub exposed: f64,
-    /// The part of it in which the rank only waits for others.
+    /// The part of that in which the rank only waits: no message is from it or to it on its way.
     pub waiting: f64,
 }
 

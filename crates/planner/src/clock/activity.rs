@@ -3,10 +3,10 @@
 //! For a rank and a class of messages ([`Collective`]):
 //!
 //! - **transfer**: time in which a message of the class occupies a link from or to the rank, or is on its way to it (α);
-//! - **waiting**: time in which an action of the rank waits for a message of the class that is not on its way yet, because
-//!   its sender is not done or its links are busy;
-//! - **communication**: both together; time that counts as two of them, or for two messages, counts once;
-//! - **exposed**: communication while the rank's compute lane executes no op; **hidden**: the rest.
+//! - **communication**: that, and time in which an action of the rank waits for a message of the class; what counts twice,
+//!   or for two messages, counts once;
+//! - **exposed**: communication while the rank's compute lane executes no op; **hidden**: the rest;
+//! - **waiting**: the part of the exposed that is no transfer: the sender is not done yet, or the links are busy with others.
 //!
 //! Classes may overlap each other, so "all classes" is less than their sum.
 
@@ -39,7 +39,7 @@ pub struct CommSeconds {
     pub communication: f64,
     /// The part of it in which the compute lane executes no op.
     pub exposed: f64,
-    /// The part of it in which no message is on a link or on its way.
+    /// The part of that in which no message is on a link or on its way.
     pub waiting: f64,
 }
 
@@ -91,9 +91,11 @@ impl Activity {
 fn add(to: &mut CommSeconds, transfers: &Spans, waits: &Spans, computing: &Spans) {
     let mut both = Spans(transfers.0.iter().chain(&waits.0).copied().collect());
     let both = both.take(f64::INFINITY);
+    let exposed = both.length() - both.overlap(computing);
     to.communication += both.length();
-    to.exposed += both.length() - both.overlap(computing);
-    to.waiting += both.length() - transfers.length();
+    to.exposed += exposed;
+    // Transfers are a part of both.
+    to.waiting += exposed - (transfers.length() - transfers.overlap(computing));
 }
 
 /// Spans of time. What [`Spans::take`] gives is ascending and disjoint.
@@ -183,7 +185,9 @@ mod tests {
             prop_assert_eq!(seconds.computing, count(&|at| covered(&computing, at)));
             prop_assert_eq!(seconds.all.communication, count(&communicates));
             prop_assert_eq!(seconds.all.exposed, count(&|at| communicates(at) && !covered(&computing, at)));
-            prop_assert_eq!(seconds.all.waiting, count(&|at| communicates(at) && !covered(&transfers, at)));
+            prop_assert_eq!(seconds.all.waiting, count(&|at| {
+                covered(&waits, at) && !covered(&transfers, at) && !covered(&computing, at)
+            }));
             prop_assert_eq!(seconds.experts_overlapped, count(&|at| covered(&computing, at) && covered(&transfers, at)));
             prop_assert_eq!(seconds.all, seconds.by_class[1]);
         }

@@ -7,8 +7,9 @@
 //! - Inside an action things happen in the order in which they were recorded. An op takes what the roofline says. A send hands
 //!   the message to the network and takes no time. A receive waits until the message is there.
 //! - Ops of the two lanes do not slow each other down.
-//! - The network serves messages in the order of the times at which they were sent, over links that are shared; see
-//!   [`network`].
+//! - The network serves messages in the order of the times at which they were sent. Each occupies the links of both GPUs, and
+//!   of both nodes where those are narrower than their GPUs' together, for bytes / bandwidth, and arrives a latency later.
+//!   An earlier message is never moved for a later one, but a later one may go where the earlier could not.
 //! - Weights travel in the background: in pieces of [`BACKGROUND_BYTES`], each sent when the one before is through, so that
 //!   whoever contends with them waits for a piece at most; nobody waits for their arrival.
 //!
