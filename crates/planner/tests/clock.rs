@@ -6,8 +6,8 @@ use moesaic_plan::{Lane, Peers, Rank, Work};
 use moesaic_planner::VirtualClock;
 use moesaic_planner::clock::BACKGROUND_BYTES;
 use moesaic_planner::clock::activity::CommSeconds;
-use moesaic_planner::metrics::Communication;
-use moesaic_spec::{Cluster, LinkClass};
+use moesaic_planner::metrics::{Communication, Performance, RequestTimes, Spread};
+use moesaic_spec::{Cluster, DType, LinkClass};
 
 use script::{Script, cluster, op, receive, send, settings};
 
@@ -243,6 +243,32 @@ fn weights_that_meet_nobody_delay_nobody_and_are_not_waited_for() {
     script.compute(3, &[], vec![receive(2, 15, 1000), op(1)]);
     let times = script.run(&cluster).unwrap();
     assert_eq!((times.actions[1][0].end, times.actions[3][0].end), (6.0, 1.0));
+}
+
+#[test]
+fn performance_is_what_the_tokens_and_the_sums_say() {
+    let cluster = cluster(1);
+    let mut script = Script::new(2);
+    script.compute(0, &[], vec![op(4)]);
+    script.compute(1, &[], vec![op(2)]);
+    let mut clock = VirtualClock::new(&cluster, settings(2));
+    clock.step(script.input()).unwrap();
+    clock.step(script.input()).unwrap();
+    let requests = [
+        RequestTimes { arrival: 0.0, tokens: vec![1.0, 2.0, 5.0] },
+        RequestTimes { arrival: 1.0, tokens: vec![4.0, 5.0] },
+        RequestTimes { arrival: 0.0, tokens: vec![3.0] },
+        RequestTimes::default(),
+    ];
+    let performance = Performance::of(&clock.finish(), &requests, &cluster, DType::BF16);
+    // (5 - 1) / 2 and 5 - 4; a request of one token has no time between tokens.
+    assert_eq!(performance.tpot_ms, Spread { mean: 1500.0, p50: 1000.0, p99: 2000.0 });
+    assert_eq!(performance.ttft_ms.mean, 1e3 * (1.0 + 3.0 + 3.0) / 3.0);
+    assert_eq!((performance.tokens, performance.steps, performance.seconds), (6, 2, 8.0));
+    // The last token was there at 5.
+    assert_eq!((performance.throughput, performance.tps_per_gpu), (6.0 / 5.0, 3.0 / 5.0));
+    // 2 * (4 + 2) of 2 * 8 s, at 1 FLOP/s.
+    assert_eq!((performance.gpu_utilization, performance.mfu, performance.mbu), (0.75, 0.75, 0.0));
 }
 
 fn refusal(script: &Script) -> String {

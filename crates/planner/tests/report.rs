@@ -206,6 +206,21 @@ fn nothing_to_show_is_shown_as_nothing() {
     assert!(!empty.to_html().contains("NaN"));
 }
 
+#[test]
+fn facts_are_those_of_the_specifications() {
+    let spec = moesaic_spec::preset("mixtral-8x7b").unwrap().spec().unwrap();
+    let mut comparison = comparison();
+    comparison.model = ModelFacts::of("mixtral-8x7b", &spec);
+    let markdown = comparison.to_markdown();
+    for line in [
+        "# mixtral-8x7b on script: 4 ways to spread it",
+        "- Model: 46.7 B parameters (12.9 B active), 32 layers, 8 experts in 32 of them, 2 a token, BF16",
+        "- Workload: 4 requests of 8 to 16 tokens, answers of 32, all there at the start (seed 1)",
+    ] {
+        assert!(markdown.contains(line), "{markdown}");
+    }
+}
+
 /// What the virtual clock said, as bars.
 #[test]
 fn a_timeline_shows_actions_waits_and_messages() {

@@ -385,7 +385,8 @@ fn about(comparison: &Comparison) -> String {
     const HOW: [&str; 4] = [
         "An op takes launch time plus the longer of operations / (peak × reached share) and bytes / (bandwidth × reached share).",
         "A message occupies the links of both GPUs, and of both nodes if it leaves its node, for bytes / bandwidth, and arrives a \
-         latency later. Links carry messages in the order in which they were sent; who shares a link waits.",
+         latency later. Links carry one message at a time \
+         for each GPU: who was first goes first, who is later waits, or uses what the first leaves.",
         "Computing and messages overlap only where the strategy's schedule lets them. Steps follow each other without a barrier.",
         "GPU utilisation is the share of time in which ops run, however well they use the GPU; MFU says how well. Memory efficiency \
          is used / available, mean over ranks.",
