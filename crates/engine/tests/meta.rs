@@ -53,7 +53,11 @@ impl Execute for Shadow<'_> {
         compare_logs(&what, &calls, &trace.calls);
         self.activation_peak = self.activation_peak.max(trace.activation_peak);
         assert_eq!(self.engine.single_rank().unwrap().ctx().arena().peak(), self.activation_peak, "{what}");
-        assert_eq!(self.engine.single_rank().unwrap().ctx().arena().in_use(), Bytes(0), "{what}: a step gives back all it took");
+        assert_eq!(
+            self.engine.single_rank().unwrap().ctx().arena().in_use(),
+            Bytes(0),
+            "{what}: a step gives back all it took"
+        );
 
         let prefills = shape.iter().filter(|seq| seq.num_tokens > 1).count();
         let kind = match (prefills, shape.len() - prefills) {
