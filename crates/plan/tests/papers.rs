@@ -58,6 +58,23 @@ fn ma_separation_is_as_the_paper_says() {
     assert!((total(&plan, &model, &[MessageKind::Answer]) - 2.0 * (4096.0 + 128.0)).abs() < 1e-6);
 }
 
+/// The example that the documentation begins with is the paper's plan, but for the limit of memory and the placement's form.
+#[test]
+fn the_documented_example_can_be_followed() {
+    let text = include_str!("../../../docs/plan-file.md");
+    let yaml = text.split("```yaml\n").nth(1).unwrap().split("```").next().unwrap();
+    let file = PlanFile::from_yaml(yaml, "docs/plan-file.md").unwrap();
+    let documented = Plan::new(file, &model(), &cluster()).unwrap();
+    let paper = plan("paper-003-ma", &model());
+    assert_eq!((documented.shards, documented.placement), (paper.shards, paper.placement));
+    let keys: Vec<String> = moesaic_plan::diff(&documented.file, &paper.file)
+        .iter()
+        .map(|d| d.split(':').next().unwrap().to_owned())
+        .collect();
+    assert_eq!(keys[0], "memory.max_model_len");
+    assert!(keys[1..].iter().all(|key| key.starts_with("moe.placement")), "{keys:?}");
+}
+
 #[test]
 fn paper_001_both_ways() {
     let model = spec("paper-001");
