@@ -50,12 +50,14 @@ impl Plan {
         Plan::without_placement(file, model, vec![0])
     }
 
-    /// The same plan with experts elsewhere.
+    /// The same plan with experts elsewhere; the ranks of an expert may come in any order.
     ///
     /// # Errors
     /// [`PlanError`]: the placement breaks one of the rules that a placement in a file must obey.
-    pub fn with_placement(self, placement: Placement) -> Result<Plan, PlanError> {
+    pub fn with_placement(self, mut placement: Placement) -> Result<Plan, PlanError> {
         self.check_placement(&placement)?;
+        let replicas = placement.layers.iter_mut().flatten().flat_map(|layer| &mut layer.replicas);
+        replicas.for_each(|ranks| ranks.sort_unstable());
         Ok(Plan { placement, ..self })
     }
 

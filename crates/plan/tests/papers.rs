@@ -39,8 +39,10 @@ fn ma_separation_is_as_the_paper_says() {
     let plan = plan("paper-003-ma", &model);
     let heads: Vec<usize> = plan.shards[..12].iter().map(|s| s.attention.as_ref().unwrap().heads.len()).collect();
     assert_eq!(heads, [3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2]);
-    assert_eq!(plan.shards[1].attention.as_ref().unwrap().backup_heads, [0..3]);
-    assert_eq!(plan.shards[0].attention.as_ref().unwrap().backup_heads, [30..32]);
+    let heads_of = |rank: usize| plan.shards[rank].attention.as_ref().unwrap().heads.clone();
+    assert_eq!((heads_of(0), heads_of(11)), (0..3, 30..32));
+    let backups = |rank: usize| plan.shards[rank].attention.as_ref().unwrap().backup_heads.clone();
+    assert_eq!((backups(1), backups(0)), (vec![heads_of(0)], vec![heads_of(11)]));
     let experts = |rank| plan.experts_of(Rank(rank))[2].iter().map(|e| e.0).collect::<Vec<_>>();
     assert_eq!((experts(12), experts(15)), (vec![0, 1, 2, 3], vec![12, 13, 14, 15]));
     assert_eq!((plan.node_of[11], plan.node_of[12]), (2, 3));
@@ -54,6 +56,23 @@ fn ma_separation_is_as_the_paper_says() {
     let dispatch = total(&plan, &model, &[MessageKind::Dispatch]);
     assert!((dispatch - 4.0 * (1.0 - misses) * (4096.0 + 4.0 * 32.0)).abs() < 1e-6, "{dispatch}");
     assert!((total(&plan, &model, &[MessageKind::Answer]) - 2.0 * (4096.0 + 128.0)).abs() < 1e-6);
+}
+
+/// The example that the documentation begins with is the paper's plan, but for the limit of memory and the placement's form.
+#[test]
+fn the_documented_example_can_be_followed() {
+    let text = include_str!("../../../docs/plan-file.md");
+    let yaml = text.split("```yaml\n").nth(1).unwrap().split("```").next().unwrap();
+    let file = PlanFile::from_yaml(yaml, "docs/plan-file.md").unwrap();
+    let documented = Plan::new(file, &model(), &cluster()).unwrap();
+    let paper = plan("paper-003-ma", &model());
+    assert_eq!((documented.shards, documented.placement), (paper.shards, paper.placement));
+    let keys: Vec<String> = moesaic_plan::diff(&documented.file, &paper.file)
+        .iter()
+        .map(|d| d.split(':').next().unwrap().to_owned())
+        .collect();
+    assert_eq!(keys[0], "memory.max_model_len");
+    assert!(keys[1..].iter().all(|key| key.starts_with("moe.placement")), "{keys:?}");
 }
 
 #[test]
