@@ -9,8 +9,7 @@ use moesaic_spec::{Attention, Ffn, ModelSpec, QkNorm};
 
 use crate::plan::{ExchangeRoute, Overlap};
 use crate::{
-    Action, AllReduce, AttentionShard, ExpertShard, Lane, MessageKind, Peers, Plan, Rank, RankShard, Schedule, Stage,
-    Work,
+    Action, AttentionShard, ExpertShard, Lane, MessageKind, Peers, Plan, Rank, RankShard, Schedule, Stage, Work,
 };
 
 impl Plan {
@@ -43,13 +42,6 @@ impl Plan {
 
     fn on_node<'a>(&'a self, ranks: &'a [Rank], node: usize) -> impl Iterator<Item = Rank> + 'a {
         ranks.iter().copied().filter(move |rank| self.node_of[rank.idx()] == node)
-    }
-
-    /// How a group sums: as the plan says, or by nodes where there are several.
-    fn all_reduce(&self, group: &[Rank]) -> AllReduce {
-        let spans_nodes = group.iter().any(|rank| self.node_of[rank.idx()] != self.node_of[group[0].idx()]);
-        let by_topology = if spans_nodes { AllReduce::Hierarchical } else { AllReduce::Flat };
-        self.file.all_reduce.unwrap_or(by_topology)
     }
 }
 
@@ -154,7 +146,7 @@ impl Lowering<'_> {
             return;
         }
         let group: Peers = self.stage.groups[attention.group].clone().into();
-        let algorithm = self.plan.all_reduce(&group);
+        let algorithm = self.plan.all_reduce_of(&group);
         self.chain(Work::AllReduce { of, group, algorithm }, layer, mb, Lane::Comm);
     }
 

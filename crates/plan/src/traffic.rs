@@ -1,9 +1,9 @@
 //! How many bytes cross which links for one token, expected: from the plan and the shapes, before anything runs.
 //!
 //! Routing is taken as uniform: a token's K experts are any K of the E, each set as likely as another. Where an expert has
-//! replicas, a sender uses the one on itself, else one in its own node, else any, all of them alike. Rows and partial
-//! results are in the compute type, the residual stream and logits in F32; an 8-bit exchange has one F32 factor for 128
-//! values. Headers of messages are not counted.
+//! replicas, all of them are used alike. Rows are in the compute type; partial results, the residual stream and logits are
+//! in F32; an 8-bit exchange has one F32 factor for 128 values. Headers of messages are not counted, and sums are those of
+//! large batches (small ones take one round, with more bytes).
 
 use moesaic_spec::{Attention, LinkClass, ModelSpec, QkNorm};
 
@@ -88,6 +88,7 @@ impl Plan {
     pub fn expected_traffic(&self, model: &ModelSpec) -> Vec<Traffic> {
         let element = model.dtype.compute().size_bytes();
         let row = (model.hidden_size * element) as f64;
+        let partial = (model.hidden_size * 4) as f64;
         let mut traffic = Vec::new();
         let mut push = |kind, times: usize, sum: ByLink| {
             let mean = sum.over(times);
@@ -102,11 +103,11 @@ impl Plan {
             // One sum of squares for queries and one for keys.
             push(MessageKind::QkNorm, num_layers, self.sum_of_layers(|stage, _| self.group_sum(stage, 8.0)));
         }
-        push(MessageKind::Attention, num_layers, self.sum_of_layers(|stage, _| self.group_sum(stage, row)));
+        push(MessageKind::Attention, num_layers, self.sum_of_layers(|stage, _| self.group_sum(stage, partial)));
 
         let is_cut = |layer: usize| self.placement.layers[layer].is_none();
         let cut_layers = (0..num_layers).filter(|&layer| is_cut(layer)).count();
-        let mlp = |stage: &Stage, layer| if is_cut(layer) { self.group_sum(stage, row) } else { ByLink::default() };
+        let mlp = |stage: &Stage, layer| if is_cut(layer) { self.group_sum(stage, partial) } else { ByLink::default() };
         push(MessageKind::Mlp, cut_layers, self.sum_of_layers(mlp));
 
         let placed_layers = num_layers - cut_layers;
@@ -121,7 +122,7 @@ impl Plan {
         push(MessageKind::Rows, placed_layers, self.sum_of_layers(rows));
 
         let boundaries = self.stages.len() - 1;
-        push(MessageKind::Hidden, boundaries, self.hidden((model.hidden_size * 4) as f64));
+        push(MessageKind::Hidden, boundaries, self.hidden(partial));
         push(MessageKind::Logits, 1, self.logits((model.vocab_size * 4) as f64));
         traffic
     }
@@ -253,8 +254,7 @@ impl Plan {
         // By home, the share of each expert's tokens that go there.
         let mut shares: Vec<Vec<f64>> = vec![Vec::new(); homes.len()];
         for replicas in &placed.replicas {
-            let used = self.used_replicas(from, replicas);
-            used.iter().for_each(|rank| shares[rank.idx() - first].push(1.0 / used.len() as f64));
+            replicas.iter().for_each(|rank| shares[rank.idx() - first].push(1.0 / replicas.len() as f64));
         }
         let two_level = self.file.exchange.route == ExchangeRoute::TwoLevel;
         for (home, &to) in homes.iter().enumerate().filter(|(_, to)| **to != from) {
@@ -286,9 +286,8 @@ impl Plan {
         nodes.dedup();
         for other in nodes.into_iter().filter(|&other| other != node(from)) {
             let in_node = |placed: &Vec<Rank>| {
-                let used = self.used_replicas(from, placed);
-                let there = used.iter().filter(|&&rank| node(rank) == other).count();
-                (there > 0).then(|| there as f64 / used.len() as f64)
+                let there = placed.iter().filter(|&&rank| node(rank) == other).count();
+                (there > 0).then(|| there as f64 / placed.len() as f64)
             };
             let node_shares: Vec<f64> = placed.replicas.iter().filter_map(in_node).collect();
             sum.dispatch.inter += choice.hits(&node_shares);
@@ -297,16 +296,6 @@ impl Plan {
             // Any of them may be the relay, which keeps its own row.
             sum.relay.intra += hits.iter().sum::<f64>() * (1.0 - 1.0 / hits.len() as f64);
         }
-    }
-
-    /// The replicas that a sender uses, all alike.
-    fn used_replicas(&self, from: Rank, replicas: &[Rank]) -> Vec<Rank> {
-        if replicas.contains(&from) {
-            return vec![from];
-        }
-        let near: Vec<Rank> =
-            replicas.iter().copied().filter(|&rank| self.link_class(from, rank) == LinkClass::IntraNode).collect();
-        if near.is_empty() { replicas.to_vec() } else { near }
     }
 
     /// Whether any rank works on rows that others computed the attention of.
