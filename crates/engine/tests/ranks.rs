@@ -197,9 +197,8 @@ fn preemption_and_the_prefix_cache_change_no_bit() {
             assert_eq!(engine.stats().preemptions, 0);
             let plan = Arc::new(Plan::new(ep(2, &spec), &spec, &cluster()).unwrap());
             let weights = Launch::Checkpoint(&model.checkpoint);
-            let launch = |config: &EngineConfig| {
-                launch_plan(&spec, &weights, &plan, config, Ranks::Threads, |_| ()).unwrap()
-            };
+            let launch =
+                |config: &EngineConfig| launch_plan(&spec, &weights, &plan, config, Ranks::Threads, |_| ()).unwrap();
             let ledger = *launch(&roomy).ledger();
             let block = ledger.kv_cache_bytes / ledger.num_blocks as u64;
             // A little more than the longest sequence, for four of them.

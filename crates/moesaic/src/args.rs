@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use moesaic_engine::EngineConfig;
 use moesaic_model::LoadDType;
+use moesaic_plan::Strategy;
 use moesaic_spec::{Bytes, DropPolicy};
 
 /// Plans, runs and measures Mixture-of-Experts transformers.
@@ -14,6 +15,7 @@ use moesaic_spec::{Bytes, DropPolicy};
 #[command(after_help = "Examples:\n  \
     moesaic generate --prompt \"It was a fine morning, and\"     the model inside the binary\n  \
     moesaic generate ./Qwen3-30B-A3B --chat                    talk to a Hugging Face model folder\n  \
+    moesaic compare                                            five ways to spread a model over 16 ranks\n  \
     moesaic inspect deepseek-v3                                what a model is, without its weights\n  \
     moesaic bench latency ./model --batch-size 1,4,16          how fast, and how near the machine's limit")]
 pub(crate) struct Cli {
@@ -29,6 +31,17 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Write a random checkpoint of any preset or config, scaled to any size.
     Init(InitArgs),
+    /// Run a model under several plans on local ranks, and set them side by side.
+    Compare(CompareArgs),
+    /// Say what a plan does: who owns what, what crosses which links, what waits for what.
+    Explain(ExplainArgs),
+    /// Say in which fields two plan files differ.
+    Diff {
+        /// A plan file.
+        a: PathBuf,
+        /// Another.
+        b: PathBuf,
+    },
     /// Measure latency or throughput.
     Bench(BenchArgs),
     /// Say what this machine has.
@@ -38,9 +51,112 @@ pub(crate) enum Command {
         /// Which shell.
         shell: Shell,
     },
+    /// Be one rank of another process's plan.
+    #[command(hide = true)]
+    Rank(RankArgs),
+}
+
+/// A rank that another process has started.
+#[derive(Args)]
+pub(crate) struct RankArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Where the ranks meet.
+    #[arg(long)]
+    pub folder: PathBuf,
+    /// Which one this is.
+    #[arg(long)]
+    pub rank: u32,
 }
 
 #[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic compare                                            the small model inside, five strategies on 16 ranks\n  \
+    moesaic compare ./model --cluster dgx-h100-x2 --workload decode\n  \
+    moesaic compare --strategy ep,ma --trace trace.json        with a timeline for Perfetto or chrome://tracing\n  \
+    moesaic compare --plan a.yaml b.yaml                       plans of your own")]
+pub(crate) struct CompareArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Plan files to compare; without, the five strategies.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["strategy", "cluster", "ranks"], help_heading = "Plans")]
+    pub plan: Vec<PathBuf>,
+    /// Some of the strategies only.
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "NAMES", help_heading = "Plans")]
+    pub strategy: Vec<StrategyArg>,
+    /// Ranks of each strategy.
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Plans")]
+    pub ranks: usize,
+    /// Cluster that times are priced for: a preset or a file.
+    #[arg(long, value_name = "CLUSTER", default_value = "a100-4x4", help_heading = "Plans")]
+    pub cluster: String,
+    /// Requests: a preset or a file.
+    #[arg(long, value_name = "WORKLOAD", default_value = "chat-small", help_heading = "Plans")]
+    pub workload: String,
+    /// Folder for the report (HTML, Markdown, JSON) and the plan files.
+    #[arg(short, long, value_name = "DIR", default_value = "moesaic-compare", help_heading = "Output")]
+    pub output: PathBuf,
+    /// Write a timeline of the first steps, a row a rank and lane (Chrome trace; with several plans a file each).
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub trace: Option<PathBuf>,
+    /// No progress on standard error.
+    #[arg(short, long, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum StrategyArg {
+    /// Tensor parallelism.
+    Tp,
+    /// Pipeline stages.
+    Pp,
+    /// Both.
+    #[value(name = "tp+pp", alias = "tp-pp")]
+    TpPp,
+    /// Large expert parallelism.
+    Ep,
+    /// Attention and experts on ranks of their own.
+    Ma,
+}
+
+impl From<StrategyArg> for Strategy {
+    fn from(arg: StrategyArg) -> Strategy {
+        match arg {
+            StrategyArg::Tp => Strategy::Tp,
+            StrategyArg::Pp => Strategy::Pp,
+            StrategyArg::TpPp => Strategy::TpPp,
+            StrategyArg::Ep => Strategy::Ep,
+            StrategyArg::Ma => Strategy::Ma,
+        }
+    }
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic explain moesaic-compare/plans/ep.yaml\n  \
+    moesaic explain plan.yaml --model ./model --schedule 3     with the actions of rank 3, in order")]
+pub(crate) struct ExplainArgs {
+    /// A plan file.
+    #[arg(value_name = "PLAN")]
+    pub plan: PathBuf,
+    /// The model, where it is not the one that the plan names: preset, model folder or config.json.
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Print the schedules of these ranks, too.
+    #[arg(long, value_name = "RANKS", value_delimiter = ',')]
+    pub schedule: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
+pub(crate) enum CommunicatorArg {
+    /// Ranks are threads of this process.
+    #[default]
+    InProcess,
+    /// Ranks are processes of this machine, over sockets and shared memory.
+    Process,
+}
+
+#[derive(Args, Clone)]
 pub(crate) struct ModelArgs {
     /// Model folder (Hugging Face format), or a preset with --load-format dummy; without one, the small model inside
     /// the binary.
@@ -83,6 +199,32 @@ impl From<DropPolicyArg> for DropPolicy {
 }
 
 impl ModelArgs {
+    /// The same flags with this model, or the one inside the binary.
+    pub(crate) fn with_model(self, model: Option<PathBuf>) -> ModelArgs {
+        ModelArgs { model, model_flag: None, ..self }
+    }
+
+    /// The arguments that say the same to another process.
+    pub(crate) fn to_args(&self) -> Vec<std::ffi::OsString> {
+        let name =
+            |value: Option<clap::builder::PossibleValue>| value.expect("no value is skipped").get_name().to_string();
+        let mut args: Vec<std::ffi::OsString> = vec![
+            "--load-format".into(),
+            name(self.load_format.to_possible_value()).into(),
+            "--dtype".into(),
+            name(self.dtype.to_possible_value()).into(),
+            "--moe-token-drop-policy".into(),
+            name(self.moe_token_drop_policy.to_possible_value()).into(),
+        ];
+        if let Some(factor) = self.moe_expert_capacity_factor {
+            args.extend(["--moe-expert-capacity-factor".into(), factor.to_string().into()]);
+        }
+        if let Some(model) = self.model() {
+            args.extend(["--model".into(), model.into()]);
+        }
+        args
+    }
+
     /// The model that was named, by position or by flag.
     pub(crate) fn model(&self) -> Option<&PathBuf> {
         self.model.as_ref().or(self.model_flag.as_ref())
@@ -198,6 +340,7 @@ impl EngineArgs {
     moesaic generate --prompt \"She had always been\" --max-tokens 60\n  \
     echo \"Dear Sir,\" | moesaic generate ./model\n  \
     moesaic generate ./model --chat --prompt \"What is a mosaic?\"\n  \
+    moesaic generate --plan moesaic-compare/plans/ep.yaml      on 16 ranks\n  \
     moesaic generate ./model --prompt-ids 1,2,3 --json --logits logits.safetensors")]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
@@ -216,6 +359,15 @@ pub(crate) struct GenerateArgs {
     pub system: Option<String>,
     #[command(flatten)]
     pub sampling: SamplingArgs,
+    /// Spread the model over local ranks as this plan file says.
+    #[arg(long, value_name = "FILE", help_heading = "Ranks")]
+    pub plan: Option<PathBuf>,
+    /// What ranks are, and how they reach each other.
+    #[arg(long, value_enum, default_value_t, requires = "plan", help_heading = "Ranks")]
+    pub communicator: CommunicatorArg,
+    /// Longest that a rank waits for another, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, help_heading = "Ranks")]
+    pub deadline: f64,
     /// Print one JSON object with token ids and log-probabilities instead of streaming text.
     #[arg(long, help_heading = "Output")]
     pub json: bool,

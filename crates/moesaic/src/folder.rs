@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use moesaic_engine::{Engine, EngineConfig, Launch, launch};
+use moesaic_engine::{Engine, EngineConfig, Launch, Ranks, launch_plan};
 use moesaic_model::Checkpoint;
 use moesaic_model::checkpoint::RandomWeights;
+use moesaic_plan::Plan;
 use moesaic_spec::model::presets::preset;
 use moesaic_spec::{Capacity, Ffn, GenerationConfig, ModelSpec};
 use moesaic_text::{Tokenizer, TokenizerFiles};
@@ -129,14 +131,34 @@ impl OpenModel {
         self.tokenizer.as_ref().with_context(missing)
     }
 
-    /// Settles the memory and loads the weights behind a progress bar.
+    /// Where the weights are.
+    pub(crate) fn launch_from(&self) -> Launch<'_> {
+        match &self.weights {
+            Weights::Checkpoint(checkpoint) => Launch::Checkpoint(checkpoint),
+            Weights::Random(random) => Launch::Random(*random),
+        }
+    }
+
+    /// Settles the memory and loads the weights behind a progress bar, on one rank.
     pub(crate) fn launch(&self, config: &EngineConfig, quiet: bool) -> Result<Engine> {
-        let (launch_from, total) = match &self.weights {
-            Weights::Checkpoint(checkpoint) => (Launch::Checkpoint(checkpoint), checkpoint.size_bytes()),
-            Weights::Random(random) => (Launch::Random(*random), self.spec.counts().bytes_total),
+        self.launch_plan(&Arc::new(Plan::single(&self.spec)), config, Ranks::Threads, quiet)
+    }
+
+    /// The same on all ranks of a plan.
+    pub(crate) fn launch_plan(
+        &self,
+        plan: &Arc<Plan>,
+        config: &EngineConfig,
+        ranks: Ranks,
+        quiet: bool,
+    ) -> Result<Engine> {
+        let total = match &self.weights {
+            Weights::Checkpoint(checkpoint) => checkpoint.size_bytes(),
+            Weights::Random(_) => self.spec.counts().bytes_total,
         };
         let bar = progress::bytes_bar("loading", total, quiet);
-        let engine = launch(&self.spec, &launch_from, config, |done| bar.set_position(done))?;
+        let load = |done| bar.set_position(done);
+        let engine = launch_plan(&self.spec, &self.launch_from(), plan, config, ranks, load)?;
         bar.finish_and_clear();
         Ok(engine)
     }

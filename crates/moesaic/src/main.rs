@@ -3,6 +3,7 @@
 mod args;
 mod cmd;
 mod folder;
+mod plans;
 mod progress;
 
 use std::process::ExitCode;
@@ -20,12 +21,16 @@ fn main() -> ExitCode {
         Command::Generate(args) => cmd::generate::run(&args),
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Init(args) => cmd::init::run(&args),
+        Command::Compare(args) => cmd::compare::run(&args),
+        Command::Explain(args) => cmd::explain::run(&args),
+        Command::Diff { a, b } => cmd::explain::diff(&a, &b),
         Command::Bench(args) => cmd::bench::run(&args),
         Command::Doctor(args) => cmd::doctor::run(&args),
         Command::Completions { shell } => {
             cmd::completions(shell);
             Ok(())
         }
+        Command::Rank(args) => cmd::rank::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use moesaic_plan::plan::{InitialPlacement, Mesh, Pool};
 use moesaic_plan::{Placement, Plan, PlanFile, RoutingTrace};
-use moesaic_plan::plan::InitialPlacement;
 use moesaic_spec::{Cluster, ModelSpec, Workload, cluster_preset, workload_preset};
 
 use crate::args::ModelArgs;
+use crate::folder::named_spec;
 
 /// A description larger than this is not one.
 const MAX_BYTES: u64 = 64 << 20;
@@ -25,12 +26,35 @@ pub(crate) fn read(path: &Path) -> Result<PlanFile> {
     Ok(PlanFile::from_yaml(&text(path)?, &path.display().to_string())?)
 }
 
-/// A plan file for this model, made into a plan on the cluster that it names.
-pub(crate) fn open(path: &Path, model: &ModelSpec) -> Result<(Plan, Cluster)> {
-    let file = read(path)?;
-    let cluster = cluster(&file.cluster)?;
-    let plan = resolve(file, model, &cluster).with_context(|| path.display().to_string())?;
-    Ok((plan, cluster))
+/// The description of the model that a plan file names.
+pub(crate) fn spec_of(file: &PlanFile) -> Result<ModelSpec> {
+    let name = (file.model != EMBEDDED).then(|| Path::new(&file.model));
+    Ok(named_spec(name)?.1)
+}
+
+/// These flags with the model that a plan file names. One that was named beside the file must be the same.
+pub(crate) fn model_of(file: &PlanFile, args: &ModelArgs) -> Result<ModelArgs> {
+    ensure!(
+        args.model().is_none() || model_name(args) == file.model,
+        "the plan is for model {}, but {} was named; leave MODEL out, or change `model` in the plan",
+        file.model,
+        model_name(args)
+    );
+    Ok(args.clone().with_model((file.model != EMBEDDED).then(|| file.model.clone().into())))
+}
+
+/// A plan in a few words, for the heads of tables.
+pub(crate) fn describe(file: &PlanFile) -> String {
+    let Mesh { tp, pp, dp, ep } = file.mesh;
+    let axis = |name: &str, size: usize| (size > 1).then(|| format!("{name} {size}"));
+    let axes: Vec<String> =
+        [axis("tp", tp), axis("pp", pp), axis("dp", dp), axis("ep", ep)].into_iter().flatten().collect();
+    let pool = if file.moe.pool == Pool::Separate { ", experts on ranks of their own" } else { "" };
+    let micro_batches = match file.micro_batches {
+        1 => String::new(),
+        n => format!(", {n} micro-batches"),
+    };
+    format!("{}{pool}{micro_batches}", axes.join(" × "))
 }
 
 /// A plan whose experts are placed, by a routing trace if the file asks for one.

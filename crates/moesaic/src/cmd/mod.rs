@@ -1,10 +1,13 @@
 //! One file a command.
 
 pub(crate) mod bench;
+pub(crate) mod compare;
 pub(crate) mod doctor;
+pub(crate) mod explain;
 pub(crate) mod generate;
 pub(crate) mod init;
 pub(crate) mod inspect;
+pub(crate) mod rank;
 
 use clap::CommandFactory;
 use clap_complete::{Shell, generate as write_completions};

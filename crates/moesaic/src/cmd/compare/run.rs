@@ -142,7 +142,9 @@ impl<'a> Priced<'a> {
     fn new(run: &'a Run<'a>, plan: &Arc<Plan>, dtype: DType) -> Result<Priced<'a>> {
         let world_size = plan.world_size();
         let schedules = |num| {
-            (0..world_size as u32).map(|rank| plan.schedule(&run.model.spec, Rank(rank), num)).collect::<Vec<Schedule>>()
+            (0..world_size as u32)
+                .map(|rank| plan.schedule(&run.model.spec, Rank(rank), num))
+                .collect::<Vec<Schedule>>()
         };
         let settings = ClockSettings {
             world_size,
@@ -185,15 +187,19 @@ impl<'a> Priced<'a> {
         let num_micro_batches = record.sequences[0].len();
         let schedules = &self.schedules[num_micro_batches - 1];
         let ready: Vec<Vec<f64>> = self.plan.shards.iter().map(|shard| self.ready(shard, record)).collect();
-        let ranks: Vec<RankStep> = record.ranks.iter().map(|rank| RankStep {
-            actions: rank
-                .calls
-                .iter()
-                .enumerate()
-                .map(|(action, calls)| ActionRecord { action, calls: calls.clone() })
-                .collect(),
-            background: rank.background.clone(),
-        }).collect();
+        let ranks: Vec<RankStep> = record
+            .ranks
+            .iter()
+            .map(|rank| RankStep {
+                actions: rank
+                    .calls
+                    .iter()
+                    .enumerate()
+                    .map(|(action, calls)| ActionRecord { action, calls: calls.clone() })
+                    .collect(),
+                background: rank.background.clone(),
+            })
+            .collect();
         let times = self.clock.step(StepInput { schedules, ranks: &ranks, ready: &ready })?;
         self.due = self.sample_times(&times, schedules, record);
         for (layer, counts) in &record.expert_counts {
@@ -295,7 +301,8 @@ impl<'a> Priced<'a> {
 }
 
 fn describe(shard: &moesaic_plan::RankShard) -> String {
-    let attention = shard.attention.as_ref().map(|a| format!("attention, heads {} to {}", a.heads.start, a.heads.end - 1));
+    let attention =
+        shard.attention.as_ref().map(|a| format!("attention, heads {} to {}", a.heads.start, a.heads.end - 1));
     let experts = match shard.experts {
         moesaic_plan::ExpertShard::None => None,
         moesaic_plan::ExpertShard::Cut(slice) if slice.is_whole() => Some("all experts".to_string()),

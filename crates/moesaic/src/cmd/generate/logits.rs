@@ -11,8 +11,8 @@ use super::answer::Answer;
 /// Writes `prefill_logits [P, V]`, `decode_logits [steps, V]` (F32) and `token_ids [steps + 1]` (I64): the logits at every
 /// prompt position, those at every generated token but the last (which was never run), and the tokens.
 pub(super) fn write(file: &Path, engine: &mut Engine, answer: &Answer) -> Result<()> {
-    let vocab_size = engine.rank().transformer().spec().vocab_size;
-    let rows = engine.rank().take_logits(answer.id);
+    let vocab_size = engine.spec().vocab_size;
+    let rows = engine.take_logits(answer.id);
     let bytes = |range: std::ops::Range<usize>| -> Vec<u8> {
         rows.range(range).flat_map(|(_, row)| row.iter().flat_map(|x| x.to_le_bytes())).collect()
     };

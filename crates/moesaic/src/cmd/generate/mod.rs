@@ -1,6 +1,7 @@
 //! `moesaic generate`: continue a prompt, or chat.
 
 mod answer;
+mod launcher;
 mod logits;
 
 use std::io::{BufRead, IsTerminal, Read, Write, stderr, stdin, stdout};
@@ -11,8 +12,10 @@ use moesaic_spec::GenerationConfig;
 use moesaic_text::{ChatMessage, ChatRequest, Tokenizer};
 
 use self::answer::{Answer, Summary};
+use self::launcher::Launcher;
 use crate::args::{GenerateArgs, SamplingArgs};
 use crate::folder::OpenModel;
+use crate::plans;
 
 /// Tokens of context that a chat without `--max-model-len` may grow to.
 const CHAT_MODEL_LEN: usize = 4096;
@@ -23,10 +26,19 @@ const MAX_STDIN_BYTES: u64 = 64 << 20;
 
 pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     ensure!(args.sampling.max_tokens > 0, "--max-tokens is 0; 1 or more is right");
-    let model = OpenModel::open(&args.model)?;
+    let (file, model_args) = match &args.plan {
+        None => (None, args.model.clone()),
+        Some(path) => {
+            let file = plans::read(path)?;
+            let model = plans::model_of(&file, &args.model).with_context(|| path.display().to_string())?;
+            (Some(file), model)
+        }
+    };
+    let model = OpenModel::open(&model_args)?;
     let interactive = args.chat && args.prompt.is_empty() && stdin().is_terminal();
+    let launcher = Launcher::new(args, &model, model_args, file)?;
     if interactive {
-        return chat(args, &model);
+        return chat(args, &model, &launcher);
     }
     let texts = texts(args)?;
     let prompts =
@@ -42,7 +54,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     config.max_num_seqs = config.max_num_seqs.min(prompts.len());
     config.keep_logits = args.logits.is_some();
     ensure!(args.logits.is_none() || prompts.len() == 1, "--logits is for one prompt; {} were given", prompts.len());
-    let mut engine = model.launch(&config, args.quiet)?;
+    let mut engine = launcher.launch(config)?;
     if !args.quiet {
         eprintln!("model     {}\n{}", model.name, engine.ledger());
         if texts.first().is_some_and(|text| text == DEFAULT_PROMPT) {
@@ -116,12 +128,12 @@ fn chat_ids(tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<Vec<u32>>
 }
 
 /// Turn by turn until end of input; the prefix cache keeps what was said.
-fn chat(args: &GenerateArgs, model: &OpenModel) -> Result<()> {
+fn chat(args: &GenerateArgs, model: &OpenModel, launcher: &Launcher) -> Result<()> {
     let tokenizer = model.tokenizer()?;
     let limit = model.spec.max_position_embeddings;
     let mut config = args.engine.config(args.model.dtype, CHAT_MODEL_LEN.min(limit))?;
     config.max_num_seqs = 1;
-    let mut engine = model.launch(&config, args.quiet)?;
+    let mut engine = launcher.launch(config)?;
     if !args.quiet {
         eprintln!("model     {}\n{}\n\nEnd with Ctrl-D.", model.name, engine.ledger());
     }
