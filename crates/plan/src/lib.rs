@@ -2,6 +2,7 @@
 //!
 //! This crate must never search for a decision, and never touch a device.
 
+pub mod eplb;
 pub mod ids;
 pub mod memory;
 pub mod placement;
