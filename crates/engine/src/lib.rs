@@ -2,11 +2,13 @@
 //!
 //! One thread, one loop: schedule, execute, commit. This crate must never know HTTP, text or an async runtime.
 
+pub mod balance;
 pub mod ceilings;
 pub mod config;
 pub mod engine;
 pub mod launch;
 pub mod rank;
+pub mod synchronize;
 
 pub use ceilings::Ceilings;
 pub use config::EngineConfig;
