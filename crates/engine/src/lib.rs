@@ -5,6 +5,7 @@
 //! runtime.
 
 pub mod adapt;
+pub mod balance;
 pub mod ceilings;
 pub mod config;
 pub mod engine;
@@ -14,6 +15,7 @@ mod migrate;
 pub mod rank;
 mod wire;
 pub mod world;
+pub mod synchronize;
 
 pub use adapt::Adaptation;
 pub use ceilings::Ceilings;

@@ -21,6 +21,7 @@ mod diff;
 pub mod error;
 mod explain;
 pub mod footprint;
+pub mod eplb;
 pub mod ids;
 mod lower;
 pub mod memory;
