@@ -41,6 +41,8 @@ pub struct EngineConfig {
     pub record_calls: bool,
     /// Measure the processor time of every action.
     pub measure: bool,
+    /// Record which experts the same tokens chose.
+    pub record_routing: bool,
     /// Longest that a rank waits for another.
     pub deadline: Duration,
 }
@@ -64,6 +66,7 @@ impl Default for EngineConfig {
             keep_logits: false,
             record_calls: false,
             measure: false,
+            record_routing: false,
             deadline: Duration::from_secs(60),
         }
     }

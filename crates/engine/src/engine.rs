@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use moesaic_plan::eplb::RoutingTrace;
 use moesaic_sched::{FinishReason, SchedStats, Scheduler, SeqId, SeqRequest, drive_groups};
 use moesaic_spec::ModelSpec;
 
@@ -92,6 +93,11 @@ impl Engine {
     /// What moves experts and chooses micro-batches.
     pub fn adaptation(&mut self) -> &mut Adaptation {
         &mut self.executor.adaptation
+    }
+
+    /// Which experts the same tokens chose so far, if that is recorded.
+    pub fn routing_trace(&self) -> Option<&RoutingTrace> {
+        self.executor.trace.as_ref()
     }
 
     /// Kept logits of a sequence by position; they are given away.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use moesaic_device::OpCall;
 use moesaic_kernels::sampler::{Sampled, SamplingParams};
+use moesaic_plan::eplb::RoutingTrace;
 use moesaic_plan::{Placement, Plan};
 use moesaic_sched::{Execute, ScheduledSeq, SeqId, StepBatch, StepOutput};
 use moesaic_spec::ModelSpec;
@@ -25,6 +26,8 @@ pub struct StepRecord {
     pub ranks: Vec<RankRecord>,
     /// Tokens by layer and logical expert.
     pub expert_counts: BTreeMap<u32, Vec<u32>>,
+    /// Pairs of token and expert that lost their place.
+    pub dropped: u64,
     /// Squared errors and squares of what was exchanged in 8 bits.
     pub quantization: (f64, f64),
     /// Bytes of moving experts.
@@ -62,6 +65,8 @@ pub(crate) struct Executor {
     /// What the last step sampled.
     sampled: HashMap<SeqId, Sampled>,
     record: StepRecord,
+    /// Which experts the same tokens chose so far, if that is recorded.
+    pub(crate) trace: Option<RoutingTrace>,
     /// Logits by sequence and position, when they are kept.
     logits: BTreeMap<(SeqId, usize), Vec<f32>>,
 }
@@ -80,6 +85,7 @@ impl Executor {
             keep_records: config.record_calls || config.measure,
             sampled: HashMap::new(),
             record: StepRecord::default(),
+            trace: None,
             logits: BTreeMap::new(),
             plan,
         }
@@ -160,21 +166,27 @@ impl Executor {
         commands.collect()
     }
 
-    fn take_in(&mut self, replies: Vec<StepReply>, sequences: Vec<Vec<Vec<SeqId>>>) {
+    fn take_in(&mut self, replies: Vec<StepReply>, sequences: Vec<Vec<Vec<SeqId>>>) -> Result<(), EngineError> {
         self.sampled.clear();
         let placement_epoch = self.adaptation.placement().epoch;
         let mut record = StepRecord { step: self.next_step, sequences, placement_epoch, ..StepRecord::default() };
         for reply in replies {
             self.sampled.extend(reply.sampled.into_iter().map(|(id, sampled)| (SeqId(id), sampled)));
             self.logits.extend(reply.logits.into_iter().map(|(id, position, row)| ((SeqId(id), position), row)));
-            for (layer, counts) in reply.stats.expert_counts {
+            for (layer, counts) in reply.expert_counts {
                 let sums = record.expert_counts.entry(layer).or_insert_with(|| vec![0; counts.len()]);
                 sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
             }
-            record.quantization.0 += reply.stats.quantization.0;
-            record.quantization.1 += reply.stats.quantization.1;
+            record.dropped += reply.dropped;
+            record.quantization.0 += reply.quantization.0;
+            record.quantization.1 += reply.quantization.1;
             record.weights_sent += reply.weights_sent;
-            self.adaptation.arrived(&reply.arrived);
+            self.adaptation.take_in(reply.loads.as_ref(), &reply.arrived);
+            match (&mut self.trace, reply.trace) {
+                (Some(trace), Some(of_rank)) => trace.add(&of_rank)?,
+                (None, of_rank) => self.trace = of_rank,
+                (Some(_), None) => {}
+            }
             record.ranks.push(RankRecord {
                 calls: reply.calls,
                 background: reply.background,
@@ -183,6 +195,7 @@ impl Executor {
             });
         }
         self.record = record;
+        Ok(())
     }
 }
 
@@ -225,7 +238,7 @@ impl Execute for Executor {
         let placement = self.adaptation.due_placement();
         let commands = self.commands(&split, placement);
         let replies = self.world.step(commands)?;
-        self.take_in(replies, sequences);
+        self.take_in(replies, sequences)?;
         self.adaptation.after_step(&self.record);
         self.next_step += 1;
         let due = |batch: &StepBatch| {

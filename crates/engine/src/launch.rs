@@ -103,6 +103,7 @@ pub fn launch_plan(
         num_blocks: ledger.num_blocks,
         sizes: sizes[rank.idx()],
         options: RankOptions {
+            record_routing: config.record_routing,
             keep_logits: config.keep_logits,
             record_calls: config.record_calls,
             measure: config.measure,

@@ -13,9 +13,10 @@ mod executor;
 pub mod launch;
 mod migrate;
 pub mod rank;
+mod routing;
+pub mod synchronize;
 mod wire;
 pub mod world;
-pub mod synchronize;
 
 pub use adapt::Adaptation;
 pub use ceilings::Ceilings;
@@ -35,6 +36,7 @@ use moesaic_comm::CommError;
 use moesaic_device::DeviceError;
 use moesaic_kernels::KernelError;
 use moesaic_model::ModelError;
+use moesaic_plan::eplb::PlaceError;
 use moesaic_plan::{CannotFit, Rank as RankId};
 use moesaic_sched::SchedError;
 
@@ -69,6 +71,9 @@ pub enum EngineError {
     /// Another rank did not do its part.
     #[error(transparent)]
     Comm(#[from] CommError),
+    /// Experts could not be placed.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     /// A rank has answered nothing for longer than any wait of it may take.
     #[error("rank {rank} has not answered for {seconds:.1} s")]
     Stalled {

@@ -13,9 +13,10 @@ use moesaic_plan::{Placement, Plan, Schedule, Work};
 use moesaic_spec::ModelSpec;
 use serde::{Deserialize, Serialize};
 
-use crate::EngineError;
+use crate::balance::LoadCounters;
 use crate::migrate::Migration;
 use crate::wire::{MemoryPeaks, MicroBatchCommand, SeqPart, StepCommand, StepReply};
+use crate::{EngineError, routing};
 
 /// Executes steps.
 pub struct Rank {
@@ -41,6 +42,8 @@ pub(crate) struct RankOptions {
     pub record_calls: bool,
     /// Processor time of every action.
     pub measure: bool,
+    /// Which experts the same tokens chose.
+    pub record_routing: bool,
 }
 
 /// What sampling needs to know of a sequence.
@@ -141,7 +144,16 @@ impl Rank {
                 reply.calls.push(taken_calls(&self.ctx, self.options));
             }
         }
-        reply.stats = step.finish();
+        let stats = step.finish();
+        reply.quantization = stats.quantization;
+        let spec = self.transformer.spec();
+        if self.plan.file.balance.is_some() {
+            reply.loads = Some(LoadCounters::new(spec.layers.len(), routing::num_experts(spec)));
+        }
+        if self.options.record_routing {
+            reply.trace = routing::empty_trace(&self.plan.file.model, spec);
+        }
+        routing::count(&stats.choices, &command.micro_batches, spec, &mut reply);
         self.migration.receive_some(&self.ctx, self.comm.as_ref(), &self.transformer, &mut reply)?;
         if self.options.record_calls {
             self.ctx.stop_log();

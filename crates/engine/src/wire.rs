@@ -1,11 +1,15 @@
 //! What goes between the leader, who schedules, and the ranks, who compute. Plain data; to ranks that are processes it goes
 //! in postcard's binary form.
 
+use std::collections::BTreeMap;
+
 use moesaic_device::OpCall;
 use moesaic_kernels::sampler::{Sampled, SamplingParams};
-use moesaic_model::StepStats;
+use moesaic_plan::eplb::RoutingTrace;
 use moesaic_plan::{ExpertId, Placement, Rank};
 use serde::{Deserialize, Serialize};
+
+use crate::balance::LoadCounters;
 
 /// One step, as one rank needs it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -72,7 +76,16 @@ pub(crate) struct StepReply {
     pub sampled: Vec<(u64, Sampled)>,
     /// Logits by sequence and position, when they are kept.
     pub logits: Vec<(u64, usize, Vec<f32>)>,
-    pub stats: StepStats,
+    /// Tokens by layer and logical expert.
+    pub expert_counts: BTreeMap<u32, Vec<u32>>,
+    /// The same by streams of sequences, where experts are balanced.
+    pub loads: Option<LoadCounters>,
+    /// Which experts the same tokens chose, where that is recorded.
+    pub trace: Option<RoutingTrace>,
+    /// Pairs of token and expert that lost their place.
+    pub dropped: u64,
+    /// Squared errors and squares of what was exchanged in 8 bits.
+    pub quantization: (f64, f64),
     /// Numbers of moves whose weights have arrived here.
     pub arrived: Vec<u32>,
     /// Bytes of weights sent.

@@ -20,7 +20,7 @@ pub mod transformer;
 pub use checkpoint::Checkpoint;
 pub use kv_cache::KvCache;
 pub use load::{LoadDType, WeightSource};
-pub use step::{MicroBatch, Step, StepStats, Surroundings};
+pub use step::{Choices, MicroBatch, Step, StepStats, Surroundings};
 pub use trace::{MetaModel, SeqShape, StepBounds, StepShape, Trace};
 pub use transformer::{PartCache, Transformer};
 

@@ -27,7 +27,6 @@ use moesaic_plan::{
     Action, AllReduce, AttentionShard, ExpertShard, MessageKind, Peers, Placement, Plan, Rank, Tag, Work,
 };
 use moesaic_spec::{DType, Moe};
-use serde::{Deserialize, Serialize};
 
 use crate::exchange::{Assignment, Expected, Outbound, Placer, Section, encode};
 use crate::kv_cache::LayerCache;
@@ -63,14 +62,25 @@ pub struct Surroundings<'a> {
 }
 
 /// What happened in a step beside its result.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepStats {
-    /// Pairs of this rank's rows by layer and logical expert, dropped ones left out.
-    pub expert_counts: Vec<(u32, Vec<u32>)>,
-    /// Pairs that lost their place.
-    pub dropped: usize,
+    /// What routers chose for this rank's rows.
+    pub choices: Vec<Choices>,
     /// Sum of squared errors of the 8-bit exchange, and the sum of squares of what was exchanged.
     pub quantization: (f64, f64),
+}
+
+/// What one router chose.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choices {
+    /// Decoder layer.
+    pub layer: u32,
+    /// Micro-batch.
+    pub micro_batch: u32,
+    /// First of the rows, in the micro-batch.
+    pub first_row: usize,
+    /// Logical experts, `[rows, A]`; -1 where a pair lost its place.
+    pub expert_of: Vec<i32>,
 }
 
 /// A step in the making.
@@ -342,14 +352,12 @@ impl<'a> Step<'a> {
         let mut assignment = Assignment::default();
         if !ctx.is_meta() {
             assignment = Assignment::new(&expert_of, spec.top_k, own.clone(), place);
-            let mut counts = vec![0u32; spec.num_experts];
-            let own_pairs = &expert_of[own.start * spec.top_k..own.end * spec.top_k];
-            own_pairs.iter().filter(|&&expert| expert >= 0).for_each(|&expert| counts[expert as usize] += 1);
-            self.stats.dropped += own_pairs.iter().filter(|&&expert| expert < 0).count();
-            match self.stats.expert_counts.iter_mut().find(|(of, _)| *of == layer) {
-                Some((_, before)) => before.iter_mut().zip(counts).for_each(|(before, count)| *before += count),
-                None => self.stats.expert_counts.push((layer, counts)),
-            }
+            self.stats.choices.push(Choices {
+                layer,
+                micro_batch: mb as u32,
+                first_row: own.start,
+                expert_of: expert_of[own.start * spec.top_k..own.end * spec.top_k].to_vec(),
+            });
         }
         flow.moe = Some(MoeFlow { x, routing, own, assignment, shared: None, answered: None });
         Ok(())

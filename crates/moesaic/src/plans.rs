@@ -4,8 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use moesaic_plan::eplb::RoutingTrace;
 use moesaic_plan::plan::{InitialPlacement, Mesh, Pool};
-use moesaic_plan::{Placement, Plan, PlanFile, RoutingTrace};
+use moesaic_plan::{Plan, PlanFile};
 use moesaic_spec::{Cluster, ModelSpec, Workload, cluster_preset, workload_preset};
 
 use crate::args::ModelArgs;
@@ -67,9 +68,8 @@ pub(crate) fn resolve(file: PlanFile, model: &ModelSpec, cluster: &Cluster) -> R
     match trace {
         None => Ok(plan),
         Some((path, text)) => {
-            let trace = RoutingTrace::from_json(&text, &path)?;
-            let placement: Placement = plan.placement_for(&trace)?;
-            Ok(plan.with_placement(placement)?)
+            let placement = RoutingTrace::from_json(&text).and_then(|trace| plan.placement_for(&trace));
+            Ok(plan.with_placement(placement.context(path)?)?)
         }
     }
 }

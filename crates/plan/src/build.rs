@@ -2,6 +2,7 @@
 
 use moesaic_spec::{Cluster, ModelSpec};
 
+use crate::eplb::{self, ExpertRank, PlaceError, Policy, RoutingTrace};
 use crate::place::Homes;
 use crate::plan::{AttentionPlan, Exchange, InitialPlacement, MemoryPlan, Mesh, MoePlan, Overlap, Pool, Stage};
 use crate::{
@@ -87,6 +88,31 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// By decoder layer: the ranks that may hold its experts, each with its place for replicas; `None` where experts are cut
+    /// or there are none.
+    pub fn expert_slots(&self) -> Vec<Option<Vec<ExpertRank>>> {
+        let slots = |(layer, placed): (usize, &Option<LayerPlacement>)| {
+            let num_physical = placed.as_ref()?.replicas.len() + self.file.moe.redundant_experts;
+            let ranks = &self.stage_of(layer).expert_ranks;
+            let rank = |(idx, &rank): (usize, &Rank)| ExpertRank {
+                rank,
+                node: self.node_of[rank.idx()],
+                slots: Slice { idx, count: ranks.len() }.range(num_physical, 1).len(),
+            };
+            Some(ranks.iter().enumerate().map(rank).collect())
+        };
+        self.placement.layers.iter().enumerate().map(slots).collect()
+    }
+
+    /// Where experts should live, given what routers chose: evenly loaded, and together on a node where the same tokens
+    /// choose them.
+    ///
+    /// # Errors
+    /// [`PlaceError`] for a trace of another model.
+    pub fn placement_for(&self, trace: &RoutingTrace) -> Result<Placement, PlaceError> {
+        eplb::place_layers(trace, &self.expert_slots(), Policy::Global)
     }
 
     /// The stage that has a decoder layer.

@@ -18,10 +18,10 @@
 
 mod build;
 mod diff;
+pub mod eplb;
 pub mod error;
 mod explain;
 pub mod footprint;
-pub mod eplb;
 pub mod ids;
 mod lower;
 pub mod memory;

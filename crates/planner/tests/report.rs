@@ -28,7 +28,7 @@ fn strategy(name: &str, baseline: bool, (tpot, tps): (f64, f64)) -> StrategyRepo
     report.communication.links = vec![link];
     let parts = vec![("weights".to_owned(), 30 << 30), ("KV cache".to_owned(), 10 << 30)];
     report.memory = vec![RankMemory { parts, available: 80 << 30 }; 16];
-    report.sameness = Some(Sameness { tokens: 4096, differing_tokens: 3, max_logit_difference: 0.02 });
+    report.sameness = Some(Sameness { tokens: 4096, differing_tokens: 3, max_logprob_difference: 0.02 });
     report
 }
 
@@ -108,7 +108,7 @@ fn whether_tokens_are_those_of_one_rank_is_said_as_it_is() {
     let mut comparison = comparison();
     comparison.strategies[0].sameness = Some(Sameness { tokens: 4096, ..Sameness::default() });
     comparison.strategies[1].sameness =
-        Some(Sameness { tokens: 4096, max_logit_difference: 1.2e-6, ..Sameness::default() });
+        Some(Sameness { tokens: 4096, max_logprob_difference: 1.2e-6, ..Sameness::default() });
     comparison.strategies[2].sameness = None;
     let markdown = comparison.to_markdown();
     assert!(markdown.contains("| same as one rank | yes, every bit | yes, tokens | not compared | no |"), "{markdown}");

@@ -103,7 +103,17 @@ impl Balancer {
 
     /// Counts what routers chose in so many steps: usually in one, or all at the end of an interval.
     pub fn observe(&mut self, loads: &LoadCounters, steps: u64) {
+        self.count(loads);
+        self.advance(steps);
+    }
+
+    /// Counts what routers chose in a step that is not over: one rank's share of it, say.
+    pub fn count(&mut self, loads: &LoadCounters) {
         self.window.add_all(loads);
+    }
+
+    /// So many steps are over, whose choices were counted.
+    pub fn advance(&mut self, steps: u64) {
         self.window_steps += steps;
         self.step += steps;
         if self.window_steps >= self.settings.interval {

@@ -34,6 +34,18 @@ pub enum LoadDType {
     BFloat16,
 }
 
+impl LoadDType {
+    /// The type of most weights of a checkpoint of type `stored`.
+    pub fn weights(self, stored: DType) -> DType {
+        match self {
+            LoadDType::Float32 => DType::F32,
+            LoadDType::BFloat16 => DType::BF16,
+            LoadDType::Auto if stored == DType::F16 => DType::F32,
+            LoadDType::Auto => stored,
+        }
+    }
+}
+
 /// Where weights come from.
 #[derive(Clone, Copy)]
 enum Origin<'a> {

@@ -244,7 +244,7 @@ impl<'a> Bench<'a> {
         let mut engine = self.model.launch(&self.config, false)?;
         eprintln!("model     {}\n{}", self.model.name, engine.ledger());
         let load_peak = machine::peak_memory();
-        let rank = engine.rank();
+        let rank = engine.single_rank().expect("launched without a plan");
         let ceilings = Ceilings::measure(rank.ctx(), rank.transformer().compute_dtype())?;
         eprintln!(
             "ceilings  {:.1} GB/s read, {:.0} GFLOP/s (measured, {} threads)\n",
@@ -285,11 +285,12 @@ impl<'a> Bench<'a> {
             self.add(engine, round << 16 | seq as u64)?;
         }
         while !engine.is_idle() {
-            engine.rank().ctx().start_log();
+            let rank = engine.single_rank().expect("launched without a plan");
+            rank.ctx().start_log();
             let step_start = Instant::now();
             let step = engine.step()?;
             let took = step_start.elapsed().as_secs_f64();
-            let timed = engine.rank().ctx().take_timed_log();
+            let timed = engine.single_rank().expect("launched without a plan").ctx().take_timed_log();
             let calls: Vec<OpCall> = timed.iter().map(|(call, _)| call.clone()).collect();
             if step.num_prefill_tokens > 0 {
                 by_op.prefill.add(&timed, ceilings);

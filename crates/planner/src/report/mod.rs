@@ -83,13 +83,13 @@ pub struct Sameness {
     /// Those that differ.
     pub differing_tokens: u64,
     /// Greatest absolute difference of a logit, over the tokens before each request's first difference.
-    pub max_logit_difference: f64,
+    pub max_logprob_difference: f64,
 }
 
 impl Sameness {
     /// Every token and every bit.
     pub fn bit_identical(&self) -> bool {
-        self.differing_tokens == 0 && self.max_logit_difference == 0.0
+        self.differing_tokens == 0 && self.max_logprob_difference == 0.0
     }
 }
 
@@ -100,8 +100,6 @@ pub struct ExchangeError {
     pub precision: String,
     /// ‖received − exact‖ / ‖exact‖, over everything exchanged.
     pub relative: f64,
-    /// Greatest |received − exact| of one value, relative to the greatest value of its group.
-    pub max: f64,
 }
 
 /// What moving experts did.

@@ -318,7 +318,7 @@ pub(crate) fn results(comparison: &Comparison) -> Table {
         Row::new(
             "largest logit diff",
             strategies.iter().map(|strategy| {
-                strategy.sameness.map_or(NOTHING.to_owned(), |same| format::number(same.max_logit_difference))
+                strategy.sameness.map_or(NOTHING.to_owned(), |same| format::number(same.max_logprob_difference))
             }),
         ),
     ];

@@ -54,7 +54,7 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
             .into(),
     );
     writeln!(stdout(), "{}", comparison.to_text())?;
-    write_files(args, &comparison, &files)
+    write_files(args, &comparison, &files, &reference)
 }
 
 /// The strategies that were asked for, as plans.
@@ -91,7 +91,7 @@ fn given(args: &CompareArgs) -> Result<(Cluster, Vec<PlanFile>)> {
     Ok((plans::cluster(&first.cluster)?, files))
 }
 
-fn write_files(args: &CompareArgs, comparison: &Comparison, files: &[PlanFile]) -> Result<()> {
+fn write_files(args: &CompareArgs, comparison: &Comparison, files: &[PlanFile], reference: &Reference) -> Result<()> {
     let folder = &args.output;
     let write = |name: &str, text: &str| -> Result<PathBuf> {
         let path = folder.join(name);
@@ -104,11 +104,14 @@ fn write_files(args: &CompareArgs, comparison: &Comparison, files: &[PlanFile]) 
     let page = write("report.html", &comparison.to_html())?;
     write("report.md", &comparison.to_markdown())?;
     write("report.json", &comparison.to_json())?;
+    if let Some(trace) = &reference.trace {
+        write("routing-trace.json", &trace.to_json())?;
+    }
     for file in files {
         write(&format!("plans/{}.yaml", file.name.replace('/', "-")), &file.to_yaml())?;
     }
     if !args.quiet {
-        eprintln!("written   {} (and report.md, report.json, plans/ beside it)", page.display());
+        eprintln!("written   {} (beside it report.md, report.json, plans/ and routing-trace.json)", page.display());
         if let Some(trace) = &args.trace {
             eprintln!("          {}", trace.display());
         }

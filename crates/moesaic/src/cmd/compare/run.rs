@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use moesaic_device::process_time;
-use moesaic_engine::{Engine, EngineConfig, Request, SamplingParams, SeqId, StepRecord};
+use moesaic_engine::{Engine, EngineConfig, Ranks, Request, SamplingParams, SeqId, StepRecord};
+use moesaic_plan::eplb::RoutingTrace;
 use moesaic_plan::{Plan, PlanFile, Rank, Schedule, Tag, Work};
 use moesaic_planner::metrics::{Communication, ExpertLoad, LayerLoad, Performance, RankMemory, RequestTimes};
 use moesaic_planner::report::{ExchangeError, Sameness, StrategyReport, Timeline};
@@ -38,22 +39,27 @@ pub(super) struct Run<'a> {
 pub(super) struct Reference {
     answers: Vec<Vec<(u32, f32)>>,
     cpu_s: f64,
+    /// What routers chose.
+    pub trace: Option<RoutingTrace>,
 }
 
 impl Run<'_> {
     pub(super) fn reference(&self) -> Result<Reference> {
-        let config = self.config(self.requests.len(), None);
+        let config = EngineConfig { record_routing: true, ..self.config(self.requests.len(), None) };
         let mut engine = self.model.launch(&config, true)?;
-        let before = process_time();
         let ids = self.add_all(&mut engine)?;
         let mut answers: HashMap<SeqId, Vec<(u32, f32)>> = HashMap::new();
+        let mut cpu_s = 0.0;
         while !engine.is_idle() {
-            for event in engine.step()?.events {
+            let before = process_time();
+            let step = engine.step()?;
+            cpu_s += process_time() - before;
+            for event in step.events {
                 answers.entry(event.id).or_default().push((event.token, event.logprob));
             }
         }
         let answers = ids.iter().map(|id| answers.remove(id).unwrap_or_default()).collect();
-        Ok(Reference { answers, cpu_s: process_time() - before })
+        Ok(Reference { answers, cpu_s, trace: engine.routing_trace().cloned() })
     }
 
     fn config(&self, max_num_seqs: usize, file: Option<&PlanFile>) -> EngineConfig {
@@ -66,7 +72,7 @@ impl Run<'_> {
             block_size: 16,
             dtype: self.args.model.dtype.into(),
             record_calls: file.is_some(),
-            num_threads: file.map(|_| 1),
+            num_threads: Some(1),
             ..EngineConfig::default()
         }
     }
@@ -87,31 +93,29 @@ impl Run<'_> {
         let spec = &self.model.spec;
         let plan = Arc::new(plans::resolve(file.clone(), spec, self.cluster)?);
         let config = self.config(self.requests.len().div_ceil(plan.num_groups()), Some(file));
-        let mut engine = self.model.launch_plan(&plan, &config, true)?;
-        let dtype = config.dtype.compute(spec.dtype);
+        let mut engine = self.model.launch_plan(&plan, &config, Ranks::Threads, true)?;
+        let dtype = config.dtype.weights(spec.dtype);
         let mut priced = Priced::new(self, &plan, dtype)?;
-        let before = process_time();
         let ids = self.add_all(&mut engine)?;
         let mut answers: HashMap<SeqId, Vec<(u32, f32)>> = HashMap::new();
-        let mut engine_s = 0.0;
+        let mut cpu_s = 0.0;
         while !engine.is_idle() {
-            let start = process_time();
+            let before = process_time();
             let step = engine.step()?;
-            engine_s += process_time() - start;
+            cpu_s += process_time() - before;
             priced.step(engine.last_step(), step.num_prefill_tokens == 0)?;
             for event in step.events {
                 priced.sampled(event.id);
                 answers.entry(event.id).or_default().push((event.token, event.logprob));
             }
         }
-        let _ = before;
         let answers: Vec<_> = ids.iter().map(|id| answers.remove(id).unwrap_or_default()).collect();
         let mut report = priced.report(&ids, file)?;
         report.sameness = Some(sameness(&reference.answers, &answers));
         report.notes.push(format!(
             "All ranks together took {:.2} s of processor time here, {:.2} times one rank's.",
-            engine_s,
-            engine_s / reference.cpu_s
+            cpu_s,
+            cpu_s / reference.cpu_s
         ));
         Ok(report)
     }
@@ -149,7 +153,7 @@ impl<'a> Priced<'a> {
         let settings = ClockSettings {
             world_size,
             dtype,
-            kind_of: |code| Tag::from_code(code, 0).kind,
+            kind_of: |code| Tag::from_code(code, 0).expect("a tag of our own messages").kind,
             keep_ops: run.args.trace.is_some(),
         };
         let trace = match &run.args.trace {
