@@ -52,9 +52,9 @@ impl Reader {
                     return true;
                 }
                 let Err(why) = connection.read(&mut chunk, mailbox, num_read) else { return true };
-                mailbox.end(connection.peer, &why);
                 // The peer may not have ended; it must not wait for room in a socket that nobody reads.
                 let _ = connection.stream.shutdown(std::net::Shutdown::Both);
+                mailbox.end(connection.peer, &why);
                 false
             });
         }
