@@ -13,6 +13,8 @@ pub mod frame;
 mod reader;
 mod rendezvous;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -38,8 +40,9 @@ use crate::{CommError, Communicator, Message};
 /// Ranks of one machine.
 pub const MAX_WORLD_SIZE: usize = 1024;
 
-/// Payload up to this many bytes travels inside the frame: two more copies cost less than keeping track of it.
-const IN_FRAME_BYTES: usize = 16 << 10;
+/// Payload up to this many bytes travels inside the frame, and its memory is free again at once. At 2 KiB either way costs
+/// the same; at 4 KiB the two more copies take a third off the rate of messages one way.
+const IN_FRAME_BYTES: usize = 2 << 10;
 
 /// Where the counters of messages that were read are in every rank's shared memory.
 const COUNTERS_OFFSET: usize = 0;

@@ -52,9 +52,9 @@ impl Reader {
                     return true;
                 }
                 let Err(why) = connection.read(&mut chunk, mailbox, num_read) else { return true };
-                mailbox.end(connection.peer, &why);
                 // The peer may not have ended; it must not wait for room in a socket that nobody reads.
                 let _ = connection.stream.shutdown(std::net::Shutdown::Both);
+                mailbox.end(connection.peer, &why);
                 false
             });
         }
@@ -65,14 +65,16 @@ impl Connection {
     /// Takes a chunk; an error says why there will be no more.
     fn read(&mut self, chunk: &mut [u8], mailbox: &Mailbox, num_read: &Counters) -> Result<(), String> {
         let received = match (&*self.stream).read(chunk) {
-            Ok(0) if self.decoder.is_inside_frame() => return Err(format!("{NO_REASON} in the middle of a message")),
-            Ok(0) => return Err(NO_REASON.to_owned()),
             Ok(received) => received,
             Err(why) if matches!(why.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Ok(()),
-            // It closed its end with messages unread.
-            Err(why) if why.kind() == ErrorKind::ConnectionReset => return Err(NO_REASON.to_owned()),
+            // It closed its end with messages unread; what it had sent was read before.
+            Err(why) if why.kind() == ErrorKind::ConnectionReset => 0,
             Err(why) => return Err(format!("{NO_REASON}: {why}")),
         };
+        if received == 0 {
+            let inside = if self.decoder.is_inside_frame() { " in the middle of a message" } else { "" };
+            return Err(format!("{NO_REASON}{inside}"));
+        }
         let peer = self.peer;
         let mut deliver = |event| match event {
             Event::Message { tag, content, was_shared } => {
