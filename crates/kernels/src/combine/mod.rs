@@ -140,18 +140,23 @@ fn weighted_sum_rows<X: Element>(
 ) {
     let d = answers.d;
     // A token's answers are found once, not for every block.
-    let mut found: Vec<(&[X], f32)> = Vec::with_capacity(a);
+    let mut found: Vec<(&[X], f32)> = vec![(&[], 0.0); a];
     for (t, out) in out.chunks_exact_mut(d).enumerate() {
-        let slots = row_of[t * a..][..a].iter().zip(&weights[t * a..][..a]);
-        found.clear();
-        found.extend(slots.filter(|&(&row, _)| row >= 0).map(|(&row, &weight)| (answers.row(row as usize), weight)));
+        let mut num_found = 0;
+        for (&row, &weight) in row_of[t * a..][..a].iter().zip(&weights[t * a..][..a]) {
+            if row >= 0 {
+                found[num_found] = (answers.row(row as usize), weight);
+                num_found += 1;
+            }
+        }
+        let found = &found[..num_found];
         for (block, out) in out.chunks_mut(BLOCK).enumerate() {
             let start = block * BLOCK;
             let mut sums = [0f32; BLOCK];
             if let Some(base) = base {
                 sums.iter_mut().zip(&base[t * d + start..][..out.len()]).for_each(|(sum, x)| *sum = x.to_f32());
             }
-            for &(y, weight) in &found {
+            for &(y, weight) in found {
                 let y = &y[start..][..out.len()];
                 sums.iter_mut().zip(y).for_each(|(sum, y)| *sum += weight * y.to_f32());
             }

@@ -7,6 +7,8 @@
 mod experts;
 mod matrices;
 mod part;
+#[cfg(test)]
+mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
