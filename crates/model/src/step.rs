@@ -571,7 +571,8 @@ impl<'a> Step<'a> {
             .copied()
             .filter(|source| !relays.is_empty() && plan.node_of[source.idx()] != plan.node_of[comm.rank().idx()]);
         let num_rows: usize = from.iter().copied().chain(relayed).map(|source| self.rows_of(mb, source)).sum();
-        let top_k = self.moe_spec(layer).top_k.min(local.which.len());
+        let spec = self.moe_spec(layer);
+        let top_k = spec.top_k.min(local.which.len());
         let (hidden, dtype) = (self.transformer.spec().hidden_size, self.transformer.compute_dtype());
         let flow = &mut self.flows[mb];
         let own = flow.moe.as_ref().filter(|_| from.contains(&comm.rank()));
@@ -588,7 +589,7 @@ impl<'a> Step<'a> {
         }
         let sorted = dispatch(ctx, &sources, local.which.len())?;
         drop(sources);
-        let rows = RowsPerExpert::Uniform { num_tokens: num_rows, top_k, num_experts: local.which.len() };
+        let rows = RowsPerExpert::Uniform { num_tokens: num_rows, top_k: spec.top_k, num_experts: spec.num_experts };
         let out_dtype = self.partial_dtype(self.cut());
         let y = Rc::new(experts(ctx, &sorted.x, rows, weights, out_dtype)?);
         let flow = &mut self.flows[mb];
