@@ -7,8 +7,11 @@ use std::time::Instant;
 use moesaic_engine::synchronize::{Features, TimePredictor};
 use moesaic_kernels::philox;
 
+/// Seconds of a made-up pool.
+type Truth = fn(&Features) -> f64;
+
 fn main() {
-    let pools: [(&str, fn(&Features) -> f64); 2] = [
+    let pools: [(&str, Truth); 2] = [
         ("attention", |f| 30e-6 + 0.4e-6 * f.tokens + 2.5e-9 * f.context_sum),
         ("experts", |f| 20e-6 + (6e-6 * f.active_experts).max(1.5e-6 * f.tokens)),
     ];
