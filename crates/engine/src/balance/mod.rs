@@ -26,7 +26,7 @@ pub use stats::LoadStats;
 
 /// Windows that a test may look back over, in intervals. One is enough for many sequences at a time; few sequences need
 /// longer until enough different ones have passed.
-const HORIZONS: [usize; 4] = [1, 2, 4, 8];
+const HORIZONS: [usize; 5] = [1, 2, 4, 8, 16];
 
 /// What balances, and between whom.
 #[derive(Clone, Debug, Default)]
@@ -154,6 +154,8 @@ impl Balancer {
             least = least.min(p_value);
             if let Some(decision) = self.improve(&loads, current, (p_value, suspects)) {
                 self.looks = 0;
+                // What the placement was not made from is older; if it differs, it would only argue for going back.
+                self.past.drain(..self.past.len() - horizon);
                 self.report.decided(self.step, horizon, &decision);
                 return Some(decision);
             }

@@ -146,11 +146,19 @@ fn a_skewed_router_is_balanced_at_the_first_interval_and_then_left_alone() {
 
 #[test]
 fn few_sequences_are_balanced_once_enough_of_them_have_passed() {
+    // Intervals that a skewed router may stay unnoticed.
+    for (batch, most) in [(4, 20), (8, 10), (16, 1)] {
+        for seed in 0..5 {
+            let shape = Shape { layers: 4, experts: 16, top_k: 2, batch };
+            let mut run = Run::new(shape, (4, 4), &zipf(16, 0.6), 70 + seed);
+            run.steps(most * 100);
+            assert!(!run.decisions.is_empty(), "batch {batch}, seed {seed}: nothing in {most} intervals");
+        }
+    }
     let shape = Shape { layers: 2, experts: 16, top_k: 2, batch: 4 };
     let mut run = Run::new(shape, (4, 4), &zipf(16, 1.0), 3);
-    run.steps(3_000);
-    assert!(!run.decisions.is_empty());
-    assert!(run.decisions.len() <= 2, "{} decisions", run.decisions.len());
+    run.steps(6_000);
+    assert!(run.decisions.len() <= 4, "{} decisions", run.decisions.len());
     assert!(run.measure(20_000) < 1.15);
 }
 

@@ -81,6 +81,9 @@ fn disturb(packing: &mut Packing, walk: &mut Walk) {
         (!held.is_empty()).then(|| (place, held[walk.below(held.len())]))
     };
     let Some((from, expert)) = replica(packing, walk) else { return };
+    if packing.holders[expert].len() > 1 && walk.below(4) == 0 {
+        return apply(packing, Change::Shrink { expert, place: from });
+    }
     let Some((place, other)) = replica(packing, walk) else { return };
     if packing.holds(place, expert) {
         return;
