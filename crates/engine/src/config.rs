@@ -43,6 +43,9 @@ pub struct EngineConfig {
     pub measure: bool,
     /// Record which experts the same tokens chose.
     pub record_routing: bool,
+    /// Somebody else says what pools of ranks took ([`Adaptation::observe_times`](crate::Adaptation::observe_times));
+    /// otherwise ranks measure it where a plan keeps pools in step.
+    pub external_times: bool,
     /// Longest that a rank waits for another.
     pub deadline: Duration,
 }
@@ -67,6 +70,7 @@ impl Default for EngineConfig {
             record_calls: false,
             measure: false,
             record_routing: false,
+            external_times: false,
             deadline: Duration::from_secs(60),
         }
     }

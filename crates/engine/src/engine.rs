@@ -117,9 +117,7 @@ impl Engine {
         }
         request.sampling.validate()?;
         let id = SeqId(self.next_id);
-        let mut load = vec![0; self.schedulers.len()];
-        self.open.values().for_each(|&(group, tokens)| load[group] += tokens);
-        let group = (0..load.len()).min_by_key(|&group| load[group]).expect("at least one group");
+        let group = self.least_loaded();
         self.schedulers[group].add(SeqRequest {
             id,
             prompt: request.prompt.clone(),
@@ -131,6 +129,16 @@ impl Engine {
         self.open.insert(id, (group, request.prompt.len() + request.max_tokens));
         self.executor.open(id, group, request.sampling, request.prompt);
         Ok(id)
+    }
+
+    /// The group whose open sequences cost least at their longest.
+    fn least_loaded(&self) -> usize {
+        let lens: Vec<usize> = self.open.values().map(|&(_, tokens)| tokens).collect();
+        let mut load = vec![0.0; self.schedulers.len()];
+        for (&(group, _), cost) in self.open.values().zip(self.executor.adaptation.costs(&lens)) {
+            load[group] += cost;
+        }
+        (0..load.len()).min_by(|&a, &b| load[a].total_cmp(&load[b])).expect("at least one group")
     }
 
     /// Ends a request early and gives back what it held.

@@ -11,6 +11,7 @@ use moesaic_sched::{Execute, ScheduledSeq, SeqId, StepBatch, StepOutput};
 use moesaic_spec::ModelSpec;
 
 use crate::adapt::Adaptation;
+use crate::synchronize::{Features, split};
 use crate::wire::{MemoryPeaks, MicroBatchCommand, Opened, SeqPart, StepCommand, StepReply};
 use crate::world::World;
 use crate::{EngineConfig, EngineError, Rank};
@@ -22,6 +23,10 @@ pub struct StepRecord {
     pub step: u64,
     /// The sequences of each micro-batch of each data-parallel group: `[group][micro_batch]`.
     pub sequences: Vec<Vec<Vec<SeqId>>>,
+    /// The size of the step, but for active experts, and of each of its micro-batches.
+    pub whole: Features,
+    /// See `whole`.
+    pub micro_batches: Vec<Features>,
     /// By rank.
     pub ranks: Vec<RankRecord>,
     /// Tokens by layer and logical expert.
@@ -81,7 +86,7 @@ impl Executor {
             committed: vec![Vec::new(); num_groups],
             closed: vec![Vec::new(); num_groups],
             next_step: 0,
-            adaptation: Adaptation::new(&plan, spec),
+            adaptation: Adaptation::new(&plan, spec, config.external_times),
             keep_records: config.record_calls || config.measure,
             sampled: HashMap::new(),
             record: StepRecord::default(),
@@ -130,6 +135,15 @@ impl Executor {
             std::mem::take(&mut self.logits).into_iter().partition(|&((seq, _), _)| seq == id);
         self.logits = others;
         of_id.into_iter().map(|((_, position), row)| (position, row)).collect()
+    }
+
+    /// What each sequence of a batch costs in a step: by its tokens, and where times are predicted, by its context.
+    fn costs(&self, batch: &StepBatch) -> Vec<f64> {
+        let only_decode = batch.seqs.iter().all(|seq| seq.token_ids.len() == 1);
+        if only_decode && self.plan.file.synchronize.is_some() {
+            return self.adaptation.costs(&batch.seqs.iter().map(|seq| seq.start + 1).collect::<Vec<_>>());
+        }
+        batch.seqs.iter().map(|seq| seq.token_ids.len() as f64).collect()
     }
 
     fn commands(&mut self, split: &[Vec<Vec<&ScheduledSeq>>], placement: Option<Placement>) -> Vec<StepCommand> {
@@ -210,20 +224,27 @@ fn part(seq: &ScheduledSeq) -> SeqPart {
     }
 }
 
-/// A group's sequences in so many parts of nearly equal numbers of tokens: the longest first, each to the part that has
-/// the least; within a part in the order of the batch.
-fn split(batch: &StepBatch, num_parts: usize) -> Vec<Vec<&ScheduledSeq>> {
-    let mut order: Vec<usize> = (0..batch.seqs.len()).collect();
-    order.sort_by_key(|&idx| std::cmp::Reverse(batch.seqs[idx].token_ids.len()));
-    let mut tokens = vec![0; num_parts];
-    let mut part_of = vec![0; batch.seqs.len()];
-    for idx in order {
-        let least = (0..num_parts).min_by_key(|&part| tokens[part]).expect("at least one part");
-        tokens[least] += batch.seqs[idx].token_ids.len();
-        part_of[idx] = least;
+/// A group's sequences in so many parts of nearly equal cost; within a part in the order of the batch.
+fn cut<'a>(batch: &'a StepBatch, costs: &[f64], num_parts: usize) -> Vec<Vec<&'a ScheduledSeq>> {
+    let mut parts = vec![Vec::new(); num_parts];
+    for (seq, part) in batch.seqs.iter().zip(split(costs, num_parts)) {
+        parts[part].push(seq);
     }
-    let of = |part| batch.seqs.iter().zip(&part_of).filter(move |&(_, &of)| of == part).map(|(seq, _)| seq).collect();
-    (0..num_parts).map(of).collect()
+    parts
+}
+
+/// The size of some sequences' part in a step, but for what routing decides.
+fn features<'a>(seqs: impl Iterator<Item = &'a ScheduledSeq>) -> Features {
+    seqs.fold(Features::default(), |sum, seq| {
+        let context = (seq.start + seq.token_ids.len()) as f64;
+        Features {
+            tokens: sum.tokens + seq.token_ids.len() as f64,
+            sequences: sum.sequences + 1.0,
+            context_sum: sum.context_sum + context,
+            context_max: sum.context_max.max(context),
+            ..sum
+        }
+    })
 }
 
 impl Execute for Executor {
@@ -231,7 +252,8 @@ impl Execute for Executor {
 
     fn execute(&mut self, batches: &[StepBatch]) -> Result<Vec<StepOutput>, EngineError> {
         let num_micro_batches = self.adaptation.num_micro_batches();
-        let split: Vec<Vec<Vec<&ScheduledSeq>>> = batches.iter().map(|batch| split(batch, num_micro_batches)).collect();
+        let split: Vec<Vec<Vec<&ScheduledSeq>>> =
+            batches.iter().map(|batch| cut(batch, &self.costs(batch), num_micro_batches)).collect();
         let ids =
             |group: &Vec<Vec<&ScheduledSeq>>| group.iter().map(|mb| mb.iter().map(|seq| seq.id).collect()).collect();
         let sequences: Vec<Vec<Vec<SeqId>>> = split.iter().map(ids).collect();
@@ -239,6 +261,9 @@ impl Execute for Executor {
         let commands = self.commands(&split, placement);
         let replies = self.world.step(commands)?;
         self.take_in(replies, sequences)?;
+        let of_micro_batch = |mb: usize| features(split.iter().flat_map(|group| group[mb].iter().copied()));
+        self.record.micro_batches = (0..num_micro_batches).map(of_micro_batch).collect();
+        self.record.whole = features(batches.iter().flat_map(|batch| &batch.seqs));
         self.adaptation.after_step(&self.record);
         self.next_step += 1;
         let due = |batch: &StepBatch| {

@@ -106,7 +106,7 @@ pub fn launch_plan(
             record_routing: config.record_routing,
             keep_logits: config.keep_logits,
             record_calls: config.record_calls,
-            measure: config.measure,
+            measure: config.measure || (plan.file.synchronize.is_some() && !config.external_times),
         },
         deadline_ms: config.deadline.as_millis() as u64,
     };

@@ -18,7 +18,7 @@ pub mod synchronize;
 mod wire;
 pub mod world;
 
-pub use adapt::Adaptation;
+pub use adapt::{Adaptation, PoolSeconds, pool_of};
 pub use ceilings::Ceilings;
 pub use config::EngineConfig;
 pub use engine::{Engine, Request, Step, TokenEvent};

@@ -102,7 +102,7 @@ fn compare(cluster: &Cluster) -> Result<Comparison, PlannerError> {
     separated.exchange_error = Some(ExchangeError { precision: "int8".to_owned(), relative: 0.0061 });
     separated.sameness = Some(Sameness { tokens: 32_768, differing_tokens: 211, max_logprob_difference: 0.084 });
     separated.synchronizer =
-        Some(SynchronizerReport { mlp_error: 0.031, linear_error: 0.058, choices: 12, mlp_used: true });
+        Some(SynchronizerReport { mlp_error: Some(0.031), linear_error: 0.058, choices: 12, mlp_used: true });
     separated.notes.push("8-bit exchange moves logits; without it tokens are those of one rank.".to_owned());
     Ok(comparison)
 }

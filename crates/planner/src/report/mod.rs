@@ -120,8 +120,9 @@ pub struct BalanceReport {
 /// How well the time of a pool of ranks is predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SynchronizerReport {
-    /// Mean |predicted − real| / real of the 3-layer MLP.
-    pub mlp_error: f64,
+    /// Mean |predicted − real| / real of the 3-layer MLP, on samples that it was not trained on; absent while there were too
+    /// few to train it.
+    pub mlp_error: Option<f64>,
     /// Of the linear model `T = k₁ b + k₂`.
     pub linear_error: f64,
     /// Times that micro-batches were chosen anew.

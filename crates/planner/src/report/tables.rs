@@ -390,7 +390,7 @@ pub(crate) fn synchronizer(comparison: &Comparison) -> Table {
         Row::new(name, comparison.strategies.iter().map(cell))
     };
     let rows = vec![
-        row("3-layer MLP (%)", &|report| format::percent(report.mlp_error)),
+        row("3-layer MLP (%)", &|report| report.mlp_error.map_or(NOTHING.to_owned(), format::percent)),
         row("linear model (%)", &|report| format::percent(report.linear_error)),
         row("used", &|report| if report.mlp_used { "MLP" } else { "linear" }.to_owned()),
         row("choices", &|report| format::integer(report.choices)),

@@ -7,11 +7,16 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use moesaic_device::process_time;
-use moesaic_engine::{Engine, EngineConfig, Ranks, Request, SamplingParams, SeqId, StepRecord};
+use moesaic_engine::synchronize::{self, Pool};
+use moesaic_engine::{
+    Engine, EngineConfig, PoolSeconds, Ranks, Request, SamplingParams, SeqId, StepRecord, balance, pool_of,
+};
 use moesaic_plan::eplb::RoutingTrace;
-use moesaic_plan::{Plan, PlanFile, Rank, Schedule, Tag, Work};
-use moesaic_planner::metrics::{Communication, ExpertLoad, LayerLoad, Performance, RankMemory, RequestTimes};
-use moesaic_planner::report::{ExchangeError, Sameness, StrategyReport, Timeline};
+use moesaic_plan::{MessageKind, Plan, PlanFile, Rank, Schedule, Tag, Work};
+use moesaic_planner::metrics::{
+    Communication, ExpertLoad, Imbalance, LayerLoad, Performance, RankMemory, RequestTimes,
+};
+use moesaic_planner::report::{BalanceReport, ExchangeError, Sameness, StrategyReport, SynchronizerReport, Timeline};
 use moesaic_planner::trace::ChromeTrace;
 use moesaic_planner::{ActionRecord, ClockSettings, RankStep, StepInput, StepTimes, VirtualClock};
 use moesaic_spec::{Cluster, DType, Workload};
@@ -72,6 +77,7 @@ impl Run<'_> {
             block_size: 16,
             dtype: self.args.model.dtype.into(),
             record_calls: file.is_some(),
+            external_times: true,
             num_threads: Some(1),
             ..EngineConfig::default()
         }
@@ -103,7 +109,8 @@ impl Run<'_> {
             let before = process_time();
             let step = engine.step()?;
             cpu_s += process_time() - before;
-            priced.step(engine.last_step(), step.num_prefill_tokens == 0)?;
+            let times = priced.step(engine.last_step(), step.num_prefill_tokens == 0)?;
+            engine.adaptation().observe_times(&times);
             for event in step.events {
                 priced.sampled(event.id);
                 answers.entry(event.id).or_default().push((event.token, event.logprob));
@@ -111,6 +118,8 @@ impl Run<'_> {
         }
         let answers: Vec<_> = ids.iter().map(|id| answers.remove(id).unwrap_or_default()).collect();
         let mut report = priced.report(&ids, file)?;
+        report.balance = engine.adaptation().balance_report().and_then(balance_of);
+        report.synchronizer = engine.adaptation().synchronizer_report().map(synchronizer_of);
         report.sameness = Some(sameness(&reference.answers, &answers));
         report.notes.push(format!(
             "All ranks together took {:.2} s of processor time here, {:.2} times one rank's.",
@@ -187,7 +196,8 @@ impl<'a> Priced<'a> {
         })
     }
 
-    fn step(&mut self, record: &StepRecord, only_decode: bool) -> Result<()> {
+    /// Prices a step; what each pool took for each micro-batch.
+    fn step(&mut self, record: &StepRecord, only_decode: bool) -> Result<Vec<PoolSeconds>> {
         let num_micro_batches = record.sequences[0].len();
         let schedules = &self.schedules[num_micro_batches - 1];
         let ready: Vec<Vec<f64>> = self.plan.shards.iter().map(|shard| self.ready(shard, record)).collect();
@@ -220,7 +230,34 @@ impl<'a> Priced<'a> {
         if self.timeline.is_none() && self.num_decode_steps == DRAWN_DECODE_STEP {
             self.timeline = Some(Timeline::of(&times, schedules));
         }
-        Ok(())
+        Ok(self.pool_seconds(&times, num_micro_batches))
+    }
+
+    /// The slowest rank of each pool, and the slowest message of an exchange, by micro-batch in one layer.
+    fn pool_seconds(&self, times: &StepTimes, num_micro_batches: usize) -> Vec<PoolSeconds> {
+        let spec = &self.run.model.spec;
+        let num_layers = spec.layers.iter().filter(|ffn| ffn.as_moe().is_some()).count().max(1) as f64;
+        let schedules = &self.schedules[num_micro_batches - 1];
+        let mut slowest = vec![PoolSeconds::default(); num_micro_batches];
+        for (spans, schedule) in times.actions.iter().zip(schedules) {
+            let mut own = vec![PoolSeconds::default(); num_micro_batches];
+            for span in spans {
+                let action = &schedule.actions[span.action];
+                if let Some(pool) = pool_of(&action.work).filter(|&pool| pool != Pool::Exchange) {
+                    *own[action.micro_batch as usize].of(pool) += (span.end - span.start - span.waiting) / num_layers;
+                }
+            }
+            for (slowest, own) in slowest.iter_mut().zip(own) {
+                slowest.attention = slowest.attention.max(own.attention);
+                slowest.experts = slowest.experts.max(own.experts);
+            }
+        }
+        for message in times.messages.iter().filter(|message| message.kind == MessageKind::Dispatch) {
+            let tag = Tag::from_code(message.tag, 0).expect("a tag of our own messages");
+            let slowest = &mut slowest[tag.micro_batch as usize].exchange;
+            *slowest = slowest.max(message.arrival - message.sent);
+        }
+        slowest
     }
 
     /// A micro-batch begins when the last of its sequences' tokens is known.
@@ -314,6 +351,35 @@ fn describe(shard: &moesaic_plan::RankShard) -> String {
         moesaic_plan::ExpertShard::Placed => Some("experts".to_string()),
     };
     attention.into_iter().chain(experts).collect::<Vec<_>>().join("; ")
+}
+
+/// What moving experts did, from the first decision to the last; `None` while nothing moved.
+fn balance_of(report: &balance::BalanceReport) -> Option<BalanceReport> {
+    let (first, last) = (report.decisions.first()?, report.decisions.last()?);
+    let imbalance =
+        |stats: balance::LoadStats| Imbalance { max_over_mean: stats.max_over_mean, std_dev: stats.std_dev };
+    Some(BalanceReport {
+        before: imbalance(first.before),
+        after: imbalance(last.measured.unwrap_or(last.predicted)),
+        moves: report.decisions.iter().map(|decision| decision.moves as u64).sum(),
+        bytes_moved: report.moved_bytes,
+        seconds: report.paid_s,
+    })
+}
+
+/// How well the pools' times were predicted: the pool that is predicted worst by what is used.
+fn synchronizer_of(report: &synchronize::SynchronizerReport) -> SynchronizerReport {
+    let used = |pool: &synchronize::PoolErrors| match (pool.errors.used, pool.errors.mlp) {
+        (synchronize::Model::Mlp, Some(mlp)) => mlp.mean,
+        _ => pool.errors.linear.mean,
+    };
+    let worst = report.errors.iter().max_by(|a, b| used(a).total_cmp(&used(b)));
+    SynchronizerReport {
+        mlp_error: worst.and_then(|pool| pool.errors.mlp).map(|errors| errors.mean),
+        linear_error: worst.map_or(0.0, |pool| pool.errors.linear.mean),
+        choices: report.intervals,
+        mlp_used: worst.is_some_and(|pool| pool.errors.used == synchronize::Model::Mlp),
+    }
 }
 
 /// How much answers differ from the reference.
