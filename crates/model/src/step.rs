@@ -237,15 +237,6 @@ impl<'a> Step<'a> {
         Ok(())
     }
 
-    /// Results of less than all heads or less than the whole width are summed before they are rounded.
-    fn partial_dtype(&self, partial: bool) -> DType {
-        if partial { DType::F32 } else { self.transformer.compute_dtype() }
-    }
-
-    fn attention_shard(&self) -> &'a AttentionShard {
-        self.transformer.shard.attention.as_ref().expect("a rank with attention")
-    }
-
     fn half(&self, layer: u32) -> &'a AttentionHalf {
         self.layer(layer).attention.as_deref().expect("a rank with attention")
     }
@@ -270,7 +261,7 @@ impl<'a> Step<'a> {
 
     /// A layer's pages, and what attention over them needs to know.
     fn cache(&mut self, layer: u32, mb: usize) -> (&mut LayerCache, AttentionStep<'_>) {
-        let out_dtype = self.partial_dtype(!self.attention_shard().tp.is_whole());
+        let out_dtype = self.transformer.compute_dtype();
         let rope = self.transformer.rope.as_deref().expect("a rank with attention");
         let cache = &mut self.kv.layers[layer as usize - self.transformer.shard.layers.start];
         (cache, AttentionStep { batch: &self.flows[mb].input.batch, rope, out_dtype })
@@ -317,7 +308,7 @@ impl<'a> Step<'a> {
             unreachable!("the schedule follows the model")
         };
         let x = self.normed(mb, &self.half(layer).post_attention_norm)?;
-        let out_dtype = self.partial_dtype(!self.attention_shard().tp.is_whole());
+        let out_dtype = self.transformer.compute_dtype();
         self.flows[mb].delta = Some(crate::layers::ffn::dense(self.around.ctx, &x, weights, out_dtype)?);
         Ok(())
     }
@@ -367,7 +358,7 @@ impl<'a> Step<'a> {
         let Some(FeedForward::Moe(moe)) = self.layer(layer).feed_forward.as_deref() else {
             unreachable!("the schedule follows the model")
         };
-        let out_dtype = self.partial_dtype(self.cut());
+        let out_dtype = self.transformer.compute_dtype();
         let ctx = self.around.ctx;
         let flow = self.flows[mb].moe.as_mut().expect("routed");
         let own = match flow.own.len() == flow.x.dims()[0] {
@@ -376,11 +367,6 @@ impl<'a> Step<'a> {
         };
         flow.shared = Some(moe.shared(ctx, own.as_ref().unwrap_or(&flow.x), out_dtype)?);
         Ok(())
-    }
-
-    /// Whether experts are cut, so that their results are partial.
-    fn cut(&self) -> bool {
-        matches!(self.transformer.shard.experts, ExpertShard::Cut(slice) if !slice.is_whole())
     }
 
     fn dispatch(&mut self, layer: u32, mb: usize, to: &Peers) -> Result<(), ModelError> {
@@ -497,7 +483,7 @@ impl<'a> Step<'a> {
         let Surroundings { ctx, comm, .. } = self.around;
         let this = comm.rank();
         let local = &self.layer(layer).experts;
-        let out_dtype = self.partial_dtype(self.cut());
+        let out_dtype = self.transformer.compute_dtype();
         if ctx.is_meta() {
             return self.meta_experts(layer, mb, from, relays);
         }
@@ -590,7 +576,7 @@ impl<'a> Step<'a> {
         let sorted = dispatch(ctx, &sources, local.which.len())?;
         drop(sources);
         let rows = RowsPerExpert::Uniform { num_tokens: num_rows, top_k: spec.top_k, num_experts: spec.num_experts };
-        let out_dtype = self.partial_dtype(self.cut());
+        let out_dtype = self.transformer.compute_dtype();
         let y = Rc::new(experts(ctx, &sorted.x, rows, weights, out_dtype)?);
         let flow = &mut self.flows[mb];
         if let Some(moe) = flow.moe.as_mut().filter(|_| num_own > 0) {
@@ -633,7 +619,7 @@ impl<'a> Step<'a> {
         let own_rows: Vec<usize> = own.clone().collect();
         if own.is_empty() {
             // Nothing to sum here; the others' rows come with the all-gather.
-            self.flows[mb].delta = Some(ctx.empty(&[0, hidden], self.partial_dtype(self.cut()))?);
+            self.flows[mb].delta = Some(ctx.empty(&[0, hidden], self.transformer.compute_dtype())?);
             return Ok(());
         }
         let answering: Vec<&Outbound> = assignment.outbound.iter().filter(|out| out.to != this).collect();
@@ -653,7 +639,7 @@ impl<'a> Step<'a> {
             received.push(Tensor::empty(
                 comm.exchange(),
                 &[own.len() * top_k, hidden],
-                self.partial_dtype(self.cut()),
+                self.transformer.compute_dtype(),
             )?);
         }
         let mut row_of = ctx.empty(&[own.len(), top_k], DType::I32)?;

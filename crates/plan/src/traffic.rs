@@ -1,7 +1,7 @@
 //! How many bytes cross which links for one token, expected: from the plan and the shapes, before anything runs.
 //!
 //! Routing is taken as uniform: a token's K experts are any K of the E, each set as likely as another. Where an expert has
-//! replicas, all of them are used alike. Rows are in the compute type; partial results, the residual stream and logits are
+//! replicas, all of them are used alike. Rows and partial results are in the compute type, the residual stream and logits
 //! in F32; an 8-bit exchange has one F32 factor for 128 values. Headers of messages are not counted, and sums are those of
 //! large batches (small ones take one round, with more bytes).
 
@@ -88,7 +88,6 @@ impl Plan {
     pub fn expected_traffic(&self, model: &ModelSpec) -> Vec<Traffic> {
         let element = model.dtype.compute().size_bytes();
         let row = (model.hidden_size * element) as f64;
-        let partial = (model.hidden_size * 4) as f64;
         let mut traffic = Vec::new();
         let mut push = |kind, times: usize, sum: ByLink| {
             let mean = sum.over(times);
@@ -103,11 +102,11 @@ impl Plan {
             // One sum of squares for queries and one for keys.
             push(MessageKind::QkNorm, num_layers, self.sum_of_layers(|stage, _| self.group_sum(stage, 8.0)));
         }
-        push(MessageKind::Attention, num_layers, self.sum_of_layers(|stage, _| self.group_sum(stage, partial)));
+        push(MessageKind::Attention, num_layers, self.sum_of_layers(|stage, _| self.group_sum(stage, row)));
 
         let is_cut = |layer: usize| self.placement.layers[layer].is_none();
         let cut_layers = (0..num_layers).filter(|&layer| is_cut(layer)).count();
-        let mlp = |stage: &Stage, layer| if is_cut(layer) { self.group_sum(stage, partial) } else { ByLink::default() };
+        let mlp = |stage: &Stage, layer| if is_cut(layer) { self.group_sum(stage, row) } else { ByLink::default() };
         push(MessageKind::Mlp, cut_layers, self.sum_of_layers(mlp));
 
         let placed_layers = num_layers - cut_layers;
@@ -122,7 +121,7 @@ impl Plan {
         push(MessageKind::Rows, placed_layers, self.sum_of_layers(rows));
 
         let boundaries = self.stages.len() - 1;
-        push(MessageKind::Hidden, boundaries, self.hidden(partial));
+        push(MessageKind::Hidden, boundaries, self.hidden((model.hidden_size * 4) as f64));
         push(MessageKind::Logits, 1, self.logits((model.vocab_size * 4) as f64));
         traffic
     }

@@ -1,5 +1,7 @@
 //! All-reduce: every rank of a group has a tensor of the same shape, and gets the sum of all of them.
 //!
+//! Elements are F32, or BF16 that is summed in F32 and rounded once (hierarchically: once inside the node, once between).
+//!
 //! `N` elements, `G` ranks. The sum of an element has one order, by position in the group, so all ranks have the same bits,
 //! in every run:
 //!
@@ -16,6 +18,7 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use moesaic_device::{Ctx, OpCall, Tensor};
 use moesaic_plan::{AllReduce, Rank, Slice, Tag};
 use moesaic_spec::DType;
@@ -26,8 +29,8 @@ use crate::{CommError, Communicator};
 /// Tensors smaller than this are summed in one round: the time of a message is then its latency, not its length.
 pub const ONE_ROUND_BYTES: usize = 64 << 10;
 
-/// Parts begin on cache lines.
-const UNIT: usize = 64 / size_of::<f32>();
+/// Parts begin on cache lines, whatever the elements are.
+const UNIT: usize = 64 / size_of::<bf16>();
 
 /// Elements that are summed while they are in the first cache.
 const BLOCK: usize = 1024;
@@ -45,14 +48,14 @@ pub struct AllReduceArgs<'a> {
     pub algorithm: AllReduce,
 }
 
-/// Replaces `x` (F32, any shape, the same at all ranks) by the sum over the group.
+/// Replaces `x` (F32 or BF16, any shape, the same at all ranks) by the sum over the group.
 pub fn all_reduce(
     ctx: &Ctx,
     comm: &dyn Communicator,
     args: AllReduceArgs<'_>,
     x: &mut Tensor,
 ) -> Result<(), CommError> {
-    assert_eq!(x.dtype(), DType::F32, "sums are in F32");
+    assert!(matches!(x.dtype(), DType::F32 | DType::BF16), "sums of {}", x.dtype());
     let AllReduceArgs { tag, group: ranks, node_of, algorithm } = args;
     let group = Group { ctx, comm, tag };
     let all = 0..x.num_elements();
@@ -88,7 +91,7 @@ fn nodes(ranks: &[Rank], node_of: &[usize]) -> Vec<Vec<Rank>> {
 }
 
 fn flat(group: &Group<'_>, ranks: &[Rank], all: Range<usize>, x: &mut Tensor) -> Result<(), CommError> {
-    if all.len() * size_of::<f32>() < ONE_ROUND_BYTES {
+    if all.len() * x.dtype().size_bytes() < ONE_ROUND_BYTES {
         one_round(group, ranks, all, x)
     } else {
         two_rounds(group, ranks, all, x)
@@ -104,7 +107,7 @@ pub(super) fn one_round(group: &Group<'_>, ranks: &[Rank], all: Range<usize>, x:
     for &rank in others(ranks, place) {
         send_range(group, rank, &all, x)?;
     }
-    let expected: Vec<Expected> = others(ranks, place).map(|&from| expect(from, &all)).collect();
+    let expected: Vec<Expected> = others(ranks, place).map(|&from| expect(from, &all, x)).collect();
     let others = group.receive(&expected)?;
     reduce(group.ctx, Sum { num_ranks: ranks.len(), place, range: all, others }, x);
     Ok(())
@@ -153,7 +156,7 @@ fn reduce_scatter(group: &Group<'_>, parts: Parts<'_>, x: &mut Tensor) -> Result
     if own.is_empty() {
         return Ok(());
     }
-    let expected: Vec<Expected> = others(parts.ranks, place).map(|&from| expect(from, &own)).collect();
+    let expected: Vec<Expected> = others(parts.ranks, place).map(|&from| expect(from, &own, x)).collect();
     let others = group.receive(&expected)?;
     reduce(group.ctx, Sum { num_ranks: parts.ranks.len(), place, range: own, others }, x);
     Ok(())
@@ -169,10 +172,11 @@ fn all_gather(group: &Group<'_>, parts: Parts<'_>, x: &mut Tensor) -> Result<(),
     let of_others = parts.ranks.iter().enumerate().filter(|&(from, _)| from != place);
     let of_others: Vec<(Rank, Range<usize>)> =
         of_others.map(|(from, &rank)| (rank, parts.of(from))).filter(|(_, range)| !range.is_empty()).collect();
-    let expected: Vec<Expected> = of_others.iter().map(|(from, range)| expect(*from, range)).collect();
+    let expected: Vec<Expected> = of_others.iter().map(|(from, range)| expect(*from, range, x)).collect();
     if let Some(received) = group.receive(&expected)? {
         for ((_, range), tensor) in of_others.into_iter().zip(received) {
-            x.f32_mut()[range].copy_from_slice(tensor.f32());
+            let bytes = bytes_of(&range, x);
+            x.bytes_mut()[bytes].copy_from_slice(tensor.bytes());
         }
     }
     Ok(())
@@ -182,17 +186,21 @@ fn others(ranks: &[Rank], place: usize) -> impl Iterator<Item = &Rank> {
     ranks.iter().enumerate().filter(move |&(idx, _)| idx != place).map(|(_, rank)| rank)
 }
 
-fn expect(from: Rank, range: &Range<usize>) -> Expected {
-    Expected { from, dims: vec![range.len()], dtype: DType::F32 }
+fn expect(from: Rank, range: &Range<usize>, x: &Tensor) -> Expected {
+    Expected { from, dims: vec![range.len()], dtype: x.dtype() }
+}
+
+fn bytes_of(range: &Range<usize>, x: &Tensor) -> Range<usize> {
+    let size = x.dtype().size_bytes();
+    range.start * size..range.end * size
 }
 
 fn send_range(group: &Group<'_>, to: Rank, range: &Range<usize>, x: &Tensor) -> Result<(), CommError> {
     if range.is_empty() {
         return Ok(());
     }
-    let bytes = range.start * size_of::<f32>()..range.end * size_of::<f32>();
-    let bytes = (!group.ctx.is_meta()).then(|| &x.bytes()[bytes]);
-    group.send(to, &[range.len()], DType::F32, bytes)
+    let bytes = (!group.ctx.is_meta()).then(|| &x.bytes()[bytes_of(range, x)]);
+    group.send(to, &[range.len()], x.dtype(), bytes)
 }
 
 /// Elements of this rank, at `place` of its group, and of all others in the order of theirs.
@@ -212,24 +220,55 @@ fn reduce(ctx: &Ctx, sum: Sum, x: &mut Tensor) {
         return;
     }
     ctx.record(|| {
-        let (flops, bytes) = (n * (num_ranks - 1), n * (num_ranks + 1) * size_of::<f32>());
+        let (flops, bytes) = (n * (num_ranks - 1), n * (num_ranks + 1) * x.dtype().size_bytes());
         OpCall::compute("reduce", &[("N", n), ("G", num_ranks)], flops as u64, bytes as u64)
     });
     let Some(others) = others else { return };
     let (before, after) = others.split_at(place);
+    match x.dtype() {
+        DType::F32 => sum_in_order(&mut x.f32_mut()[range], before, after, Tensor::f32),
+        _ => sum_in_order(&mut x.bf16_mut()[range], before, after, Tensor::bf16),
+    }
+}
+
+fn sum_in_order<X: Summand>(own: &mut [X], before: &[Tensor], after: &[Tensor], elements: fn(&Tensor) -> &[X]) {
     let mut total = [0.0; BLOCK];
-    for (block, own) in x.f32_mut()[range].chunks_mut(BLOCK).enumerate() {
+    for (block, own) in own.chunks_mut(BLOCK).enumerate() {
         let total = &mut total[..own.len()];
         let (start, end) = (block * BLOCK, block * BLOCK + own.len());
         // -0.0 and not 0.0: it leaves the first summand as it is, whatever its sign.
         total.fill(-0.0);
-        before.iter().for_each(|tensor| add(total, &tensor.f32()[start..end]));
+        before.iter().for_each(|tensor| add(total, &elements(tensor)[start..end]));
         add(total, own);
-        after.iter().for_each(|tensor| add(total, &tensor.f32()[start..end]));
-        own.copy_from_slice(total);
+        after.iter().for_each(|tensor| add(total, &elements(tensor)[start..end]));
+        own.iter_mut().zip(&*total).for_each(|(own, &total)| *own = X::rounded(total));
     }
 }
 
-fn add(total: &mut [f32], summand: &[f32]) {
-    total.iter_mut().zip(summand).for_each(|(total, summand)| *total += summand);
+fn add<X: Summand>(total: &mut [f32], summand: &[X]) {
+    total.iter_mut().zip(summand).for_each(|(total, summand)| *total += summand.widened());
+}
+
+/// What is summed in F32.
+trait Summand: Copy {
+    fn widened(self) -> f32;
+    fn rounded(sum: f32) -> Self;
+}
+
+impl Summand for f32 {
+    fn widened(self) -> f32 {
+        self
+    }
+    fn rounded(sum: f32) -> f32 {
+        sum
+    }
+}
+
+impl Summand for bf16 {
+    fn widened(self) -> f32 {
+        self.to_f32()
+    }
+    fn rounded(sum: f32) -> bf16 {
+        bf16::from_f32(sum)
+    }
 }

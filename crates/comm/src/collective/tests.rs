@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use half::bf16;
 use moesaic_device::{Arena, Ctx, OpCall, Tensor};
 use moesaic_plan::{AllReduce, MessageKind, Rank, Tag};
 use moesaic_spec::{Bytes, DType};
@@ -42,10 +43,11 @@ fn sum_in_order(summands: impl IntoIterator<Item = Vec<f32>>) -> Vec<f32> {
 }
 
 /// The sum as the module's head says it.
-fn reference(args: &AllReduceArgs<'_>, len: usize) -> Vec<f32> {
-    let of = |&rank: &Rank| numbers(rank, len);
+fn reference(args: &AllReduceArgs<'_>, len: usize, dtype: DType) -> Vec<f32> {
+    let of = |&rank: &Rank| rounded(numbers(rank, len), dtype);
+    let sum_in_order = |summands: Vec<Vec<f32>>| rounded(sum_in_order(summands), dtype);
     match args.algorithm {
-        AllReduce::Flat => sum_in_order(args.group.iter().map(of)),
+        AllReduce::Flat => sum_in_order(args.group.iter().map(of).collect()),
         AllReduce::Hierarchical => {
             let mut nodes: Vec<usize> = Vec::new();
             for rank in args.group {
@@ -55,15 +57,42 @@ fn reference(args: &AllReduceArgs<'_>, len: usize) -> Vec<f32> {
                 }
             }
             let ranks_of = |&node: &usize| {
-                sum_in_order(args.group.iter().filter(move |rank| args.node_of[rank.idx()] == node).map(of))
+                let in_node = args.group.iter().filter(|rank| args.node_of[rank.idx()] == node);
+                sum_in_order(in_node.map(of).collect())
             };
-            sum_in_order(nodes.iter().map(ranks_of))
+            sum_in_order(nodes.iter().map(ranks_of).collect())
         }
+    }
+}
+
+/// As values of this type.
+fn rounded(values: Vec<f32>, dtype: DType) -> Vec<f32> {
+    match dtype {
+        DType::BF16 => values.into_iter().map(|x| bf16::from_f32(x).to_f32()).collect(),
+        _ => values,
     }
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
+}
+
+fn tensor_of(ctx: &Ctx, values: &[f32], dtype: DType) -> Tensor {
+    if dtype == DType::F32 {
+        return tensor(ctx, values);
+    }
+    let mut x = ctx.empty(&[values.len()], dtype).unwrap();
+    if !x.is_meta() {
+        x.bf16_mut().iter_mut().zip(values).for_each(|(x, &value)| *x = bf16::from_f32(value));
+    }
+    x
+}
+
+fn values(x: &Tensor) -> Vec<f32> {
+    match x.dtype() {
+        DType::BF16 => x.bf16().iter().map(|x| x.to_f32()).collect(),
+        _ => x.f32().to_vec(),
+    }
 }
 
 /// A world of 1 to 16 ranks, a group of some of them in any order, and their nodes.
@@ -88,17 +117,18 @@ proptest! {
         (group, node_of) in groups(),
         len in prop::sample::select(LENGTHS.to_vec()),
         algorithm in prop::sample::select(vec![AllReduce::Flat, AllReduce::Hierarchical]),
+        dtype in prop::sample::select(vec![DType::F32, DType::BF16]),
     ) {
         let args = AllReduceArgs { tag: TAG, group: &group, node_of: &node_of, algorithm };
-        let expected = bits(&reference(&args, len));
+        let expected = bits(&reference(&args, len, dtype));
         let run = |ctx: &Ctx, comm: &dyn Communicator| {
             if !group.contains(&comm.rank()) {
                 return None;
             }
             ctx.start_log();
-            let mut x = tensor(ctx, &numbers(comm.rank(), len));
+            let mut x = tensor_of(ctx, &numbers(comm.rank(), len), dtype);
             all_reduce(ctx, comm, args, &mut x).unwrap();
-            Some(((!x.is_meta()).then(|| bits(x.f32())), ctx.take_log()))
+            Some(((!x.is_meta()).then(|| bits(&values(&x))), ctx.take_log()))
         };
         let results = on_all(node_of.len(), run);
         for (rank, result) in results.into_iter().enumerate() {
