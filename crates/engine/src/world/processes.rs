@@ -1,7 +1,9 @@
 //! Ranks that are processes of this machine. Each has a control connection to the leader beside those to other ranks: over
 //! it come the setup (JSON, once), then commands, and back go replies (postcard, a length before each).
 
+use std::fs::Permissions;
 use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -39,8 +41,6 @@ enum Answer {
 
 /// The processes, as the leader holds them.
 pub(crate) struct Processes {
-    /// Removed with all sockets when the world ends.
-    folder: tempfile::TempDir,
     children: Vec<Child>,
     streams: Vec<UnixStream>,
     answers: Receiver<(RankId, Result<Answer, String>)>,
@@ -56,15 +56,16 @@ impl Processes {
         deadline: Duration,
     ) -> Result<Processes, EngineError> {
         let system = |what: &str, why: std::io::Error| EngineError::System { what: what.to_string(), why };
-        let folder =
-            tempfile::Builder::new().prefix("moesaic-").tempdir().map_err(|e| system("a folder for sockets", e))?;
+        let mut builder = tempfile::Builder::new();
+        // Where nobody else can meet; whatever the umask says.
+        builder.prefix("moesaic-").permissions(Permissions::from_mode(0o700));
+        let folder = builder.tempdir().map_err(|e| system("a folder for sockets", e))?;
         let listener = UnixListener::bind(folder.path().join(CONTROL)).map_err(|e| system("the control socket", e))?;
         listener.set_nonblocking(true).map_err(|e| system("the control socket", e))?;
         let (answer, answers) = channel();
-        let mut world =
-            Processes { folder, children: Vec::new(), streams: Vec::new(), answers, deadline, failed: None };
+        let mut world = Processes { children: Vec::new(), streams: Vec::new(), answers, deadline, failed: None };
         for rank in 0..setups.len() as u32 {
-            let child = spawn(RankId(rank), world.folder.path());
+            let child = spawn(RankId(rank), folder.path());
             world.children.push(child.map_err(|e| system(&format!("the process of rank {rank}"), e))?);
         }
         let until = Instant::now() + deadline;
@@ -111,6 +112,8 @@ impl Processes {
         }
         // Loading takes as long as it takes; a process that ends meanwhile is noticed.
         world.collect(Duration::from_secs(3600))?;
+        // All have met. A leader that is killed from here on leaves nothing behind.
+        folder.close().map_err(|e| system("the folder for sockets", e))?;
         Ok(world)
     }
 
@@ -152,6 +155,8 @@ impl Processes {
                     answers[rank.idx()] = Some(Answer::Ready);
                 }
                 Ok((rank, Ok(answer))) => answers[rank.idx()] = Some(answer),
+                // It has said why it ends, or has done its part.
+                Ok((rank, Err(_))) if answers[rank.idx()].is_some() => {}
                 Ok((rank, Err(why))) => {
                     // A process that is gone explains everything else.
                     errors.insert(0, (rank, self.lost(rank, &why)));
