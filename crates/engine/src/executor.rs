@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use moesaic_device::OpCall;
 use moesaic_kernels::sampler::{Sampled, SamplingParams};
+use moesaic_model::Choices;
 use moesaic_plan::eplb::RoutingTrace;
 use moesaic_plan::{Placement, Plan};
 use moesaic_sched::{Execute, ScheduledSeq, SeqId, StepBatch, StepOutput};
@@ -48,6 +49,8 @@ pub struct RankRecord {
     pub calls: Vec<Vec<OpCall>>,
     /// Messages of moving experts, likewise.
     pub background: Vec<OpCall>,
+    /// What routers chose for this rank's rows, likewise: with the plan it says how large the messages must be.
+    pub choices: Vec<Choices>,
     /// Seconds of processor time, by action; empty unless they are measured.
     pub action_s: Vec<f64>,
     /// Memory reached so far.
@@ -204,6 +207,7 @@ impl Executor {
             record.ranks.push(RankRecord {
                 calls: reply.calls,
                 background: reply.background,
+                choices: reply.choices,
                 action_s: reply.action_s,
                 peaks: reply.peaks,
             });

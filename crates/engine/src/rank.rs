@@ -157,6 +157,7 @@ impl Rank {
         self.migration.receive_some(&self.ctx, self.comm.as_ref(), &self.transformer, &mut reply)?;
         if self.options.record_calls {
             self.ctx.stop_log();
+            reply.choices = stats.choices;
         }
         reply.peaks = MemoryPeaks { activations: self.ctx.arena().peak().0, exchange: self.comm.exchange().peak().0 };
         Ok(reply)

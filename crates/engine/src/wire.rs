@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use moesaic_device::OpCall;
 use moesaic_kernels::sampler::{Sampled, SamplingParams};
+use moesaic_model::Choices;
 use moesaic_plan::eplb::RoutingTrace;
 use moesaic_plan::{ExpertId, Placement, Rank};
 use serde::{Deserialize, Serialize};
@@ -100,6 +101,9 @@ pub(crate) struct StepReply {
     /// Messages of moving experts; likewise.
     #[serde(skip)]
     pub background: Vec<OpCall>,
+    /// What routers chose for this rank's rows; likewise.
+    #[serde(skip)]
+    pub choices: Vec<Choices>,
 }
 
 /// Memory that a rank has reached at most, bytes.

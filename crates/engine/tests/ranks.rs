@@ -4,123 +4,25 @@ mod common;
 
 use std::sync::Arc;
 
+use common::plans::{
+    Results, Subject, assert_same_bits, cluster, ep, exact_config, file, num_experts, relative_error, requests,
+    results, separate,
+};
 use common::{GoldenModel, golden_names, greedy, prompt};
-use moesaic_engine::{Engine, EngineConfig, Launch, Ranks, Request, launch_plan};
+use moesaic_engine::{EngineConfig, Launch, Ranks, Request, launch_plan};
 use moesaic_model::LoadDType;
-use moesaic_plan::plan::{AttentionPlan, Exchange, ExchangePrecision, ExchangeRoute, Mesh, MoePlan, Overlap, Pool};
+use moesaic_plan::plan::{AttentionPlan, Exchange, ExchangePrecision, ExchangeRoute, Mesh, MoePlan, Overlap};
 use moesaic_plan::{Plan, PlanFile};
-use moesaic_spec::{Bytes, Cluster, Ffn, ModelSpec, cluster_preset};
-
-const MAX_MODEL_LEN: usize = 64;
-
-fn config() -> EngineConfig {
-    EngineConfig {
-        num_threads: Some(1),
-        max_model_len: Some(MAX_MODEL_LEN),
-        max_num_seqs: 8,
-        max_num_batched_tokens: 48,
-        block_size: 8,
-        dtype: LoadDType::Float32,
-        keep_logits: true,
-        ..EngineConfig::default()
-    }
-}
-
-fn cluster() -> Cluster {
-    cluster_preset("a100-4x4").unwrap()
-}
-
-fn num_experts(spec: &ModelSpec) -> usize {
-    spec.layers.iter().filter_map(Ffn::as_moe).map(|moe| moe.num_experts).max().unwrap()
-}
-
-/// A plan file with nothing but a mesh.
-fn file(mesh: Mesh, ranks: usize) -> PlanFile {
-    PlanFile {
-        version: 1,
-        name: "test".into(),
-        model: "golden".into(),
-        cluster: "a100-4x4".into(),
-        workload: "chat-small".into(),
-        ranks,
-        mesh,
-        stage_layers: None,
-        attention: AttentionPlan::default(),
-        moe: MoePlan::default(),
-        micro_batches: 1,
-        overlap: Overlap::default(),
-        exchange: Exchange::default(),
-        all_reduce: None,
-        balance: None,
-        synchronize: None,
-        memory: Default::default(),
-    }
-}
-
-fn ep(ranks: usize, spec: &ModelSpec) -> PlanFile {
-    let moe = MoePlan { max_experts_per_rank: Some(num_experts(spec).div_ceil(ranks)), ..MoePlan::default() };
-    let mesh = Mesh { tp: 1, pp: 1, dp: ranks, ep: ranks };
-    PlanFile { moe, ..file(mesh, ranks) }
-}
-
-fn separate(tp: usize, dp: usize, ep: usize, spec: &ModelSpec) -> PlanFile {
-    let max_experts_per_rank = Some(num_experts(spec).div_ceil(ep));
-    let moe = MoePlan { pool: Pool::Separate, max_experts_per_rank, ..MoePlan::default() };
-    PlanFile { moe, ..file(Mesh { tp, pp: 1, dp, ep }, tp * dp + ep) }
-}
-
-fn requests(spec: &ModelSpec) -> Vec<Request> {
-    let lens = [3, 17, 1, 30, 9, 22, 5];
-    let request = |(seed, &len): (usize, &usize)| greedy(&prompt(seed as u64, len, spec.vocab_size), 4 + seed % 3);
-    lens.iter().enumerate().map(request).collect()
-}
-
-/// Logits of all positions of all requests, and the tokens.
-type Results = Vec<(Vec<f32>, Vec<u32>)>;
-
-fn run(engine: &mut Engine, requests: &[Request]) -> Results {
-    let ids: Vec<_> = requests.iter().map(|request| engine.add(request.clone()).unwrap()).collect();
-    let mut tokens = vec![Vec::new(); ids.len()];
-    while !engine.is_idle() {
-        for event in engine.step().unwrap().events {
-            tokens[ids.iter().position(|&id| id == event.id).unwrap()].push(event.token);
-        }
-    }
-    let logits = |id| engine.take_logits(id).into_values().flatten().collect();
-    ids.into_iter().map(logits).zip(tokens).collect()
-}
+use moesaic_spec::{Bytes, ModelSpec};
 
 fn run_plan(model: &GoldenModel, spec: &ModelSpec, file: PlanFile, config: &EngineConfig) -> Results {
-    let what = format!("{} {:?} {:?}", model.name, file.mesh, file.moe);
-    let plan = Plan::new(file, spec, &cluster()).unwrap_or_else(|e| panic!("{what}: {e}"));
     let weights = Launch::Checkpoint(&model.checkpoint);
-    let engine = launch_plan(spec, &weights, &Arc::new(plan), config, Ranks::Threads, |_| ());
-    run(&mut engine.unwrap_or_else(|e| panic!("{what}: {e}")), &requests(spec))
+    let subject = Subject { name: &model.name, spec, weights: &weights };
+    results(&mut subject.many(&subject.plan(file), config), &requests(spec))
 }
 
 fn run_single(model: &GoldenModel, spec: &ModelSpec, config: &EngineConfig) -> Results {
-    run(&mut model.launch(spec, config), &requests(spec))
-}
-
-fn assert_same_bits(what: &str, single: &Results, many: &Results) {
-    for (idx, ((logits, tokens), (many_logits, many_tokens))) in single.iter().zip(many).enumerate() {
-        assert_eq!(tokens, many_tokens, "{what}, request {idx}");
-        assert_eq!(logits.len(), many_logits.len(), "{what}, request {idx}");
-        let differ = logits.iter().zip(many_logits).position(|(a, b)| a.to_bits() != b.to_bits());
-        assert_eq!(differ, None, "{what}, request {idx}: element of the logits that differs");
-    }
-}
-
-/// ‖a − b‖ / ‖b‖ of all logits up to each request's first other token.
-fn relative_error(single: &Results, many: &Results) -> f64 {
-    let (mut error, mut total) = (0.0, 0.0);
-    for ((a, _), (b, _)) in single.iter().zip(many) {
-        for (a, b) in a.iter().zip(b) {
-            error += (f64::from(*a) - f64::from(*b)).powi(2);
-            total += f64::from(*a).powi(2);
-        }
-    }
-    (error / total).sqrt()
+    results(&mut model.launch(spec, config), &requests(spec))
 }
 
 #[test]
@@ -128,9 +30,9 @@ fn expert_parallelism_gives_the_same_bits_on_any_number_of_ranks() {
     for name in golden_names() {
         let model = GoldenModel::open(&name);
         let spec = model.without_capacity();
-        let single = run_single(&model, &spec, &config());
+        let single = run_single(&model, &spec, &exact_config());
         for ranks in [1, 2, 3, 4, 8, 16] {
-            let many = run_plan(&model, &spec, ep(ranks, &spec), &config());
+            let many = run_plan(&model, &spec, ep(ranks, &spec), &exact_config());
             assert_same_bits(&format!("{name} on {ranks} ranks"), &single, &many);
         }
     }
@@ -143,7 +45,7 @@ fn experts_anywhere_give_the_same_bits() {
         let spec = model.without_capacity();
         // In the checkpoint's own types, too: BF16 values are rounded at the same places.
         for dtype in [LoadDType::Float32, LoadDType::Auto] {
-            let config = EngineConfig { dtype, ..config() };
+            let config = EngineConfig { dtype, ..exact_config() };
             let single = run_single(&model, &spec, &config);
             let check = |what: &str, file: PlanFile| {
                 let many = run_plan(&model, &spec, file, &config);
@@ -191,9 +93,9 @@ fn preemption_and_the_prefix_cache_change_no_bit() {
             (0..8).map(|seed| greedy(&prompt(seed, 20 + seed as usize, spec.vocab_size), 16)).collect();
         // Kept logits are of every position, so the prefix cache is off with them: tokens and their logprobs are held then.
         for keep_logits in [true, false] {
-            let roomy = EngineConfig { keep_logits, ..config() };
+            let roomy = EngineConfig { keep_logits, ..exact_config() };
             let mut engine = model.launch(&spec, &roomy);
-            let single = run(&mut engine, &long);
+            let single = results(&mut engine, &long);
             assert_eq!(engine.stats().preemptions, 0);
             let plan = Arc::new(Plan::new(ep(2, &spec), &spec, &cluster()).unwrap());
             let weights = Launch::Checkpoint(&model.checkpoint);
@@ -203,7 +105,7 @@ fn preemption_and_the_prefix_cache_change_no_bit() {
             let block = ledger.kv_cache_bytes / ledger.num_blocks as u64;
             // A little more than the longest sequence, for four of them.
             let mut engine = launch(&EngineConfig { kv_cache: Some(Bytes(9 * block)), ..roomy });
-            let many = run(&mut engine, &long);
+            let many = results(&mut engine, &long);
             assert!(engine.stats().preemptions > 0, "{name}: nothing was preempted");
             assert_same_bits(&format!("{name}, logits {keep_logits}"), &single, &many);
         }
@@ -216,7 +118,7 @@ fn where_sums_are_cut_the_results_are_near_and_repeatable() {
     for name in golden_names() {
         let model = GoldenModel::open(&name);
         let spec = model.without_capacity();
-        let single = run_single(&model, &spec, &config());
+        let single = run_single(&model, &spec, &exact_config());
         let heads = spec.attention.num_heads();
         let mut plans = Vec::new();
         for tp in [2, 3, 4].into_iter().filter(|&tp| tp <= heads) {
@@ -237,11 +139,11 @@ fn where_sums_are_cut_the_results_are_near_and_repeatable() {
         for (what, file) in plans {
             // A few of these models have fewer FP8 blocks than ranks.
             let Ok(_) = Plan::new(file.clone(), &spec, &cluster()) else { continue };
-            let many = run_plan(&model, &spec, file.clone(), &config());
+            let many = run_plan(&model, &spec, file.clone(), &exact_config());
             let error = relative_error(&single, &many);
             // Sums of F32 in another order: a few units in the last place, grown over two to four layers.
             assert!(error < 1e-5, "{name}, {what}: {error}");
-            let again = run_plan(&model, &spec, file, &config());
+            let again = run_plan(&model, &spec, file, &exact_config());
             assert_same_bits(&format!("{name}, {what}, again"), &many, &again);
             checked += 1;
         }
@@ -254,13 +156,14 @@ fn an_exchange_in_eight_bits_is_near_and_says_how_near() {
     for name in ["qwen3_moe", "deepseek_v3", "mixtral"] {
         let model = GoldenModel::open(name);
         let spec = model.without_capacity();
-        let single = run_single(&model, &spec, &config());
+        let single = run_single(&model, &spec, &exact_config());
         // One factor for 128 values: int8 errs by 1/254 of the largest, E4M3 by 1/16 of each; sums make it smaller.
         for (precision, limit) in [(ExchangePrecision::Int8, 0.02), (ExchangePrecision::Fp8, 0.05)] {
             let exchange = Exchange { precision, ..Exchange::default() };
             let plan = Plan::new(PlanFile { exchange, ..ep(4, &spec) }, &spec, &cluster()).unwrap();
             let weights = Launch::Checkpoint(&model.checkpoint);
-            let mut engine = launch_plan(&spec, &weights, &Arc::new(plan), &config(), Ranks::Threads, |_| ()).unwrap();
+            let mut engine =
+                launch_plan(&spec, &weights, &Arc::new(plan), &exact_config(), Ranks::Threads, |_| ()).unwrap();
             engine.add(requests(&spec)[3].clone()).unwrap();
             let mut sums = (0.0, 0.0);
             while !engine.is_idle() {
@@ -270,7 +173,7 @@ fn an_exchange_in_eight_bits_is_near_and_says_how_near() {
             }
             let reported = (sums.0 / sums.1).sqrt();
             assert!(reported > 1e-4 && reported < limit, "{name} {precision:?}: {reported}");
-            let many = run_plan(&model, &spec, PlanFile { exchange, ..ep(4, &spec) }, &config());
+            let many = run_plan(&model, &spec, PlanFile { exchange, ..ep(4, &spec) }, &exact_config());
             let prompt_len = 17 * spec.vocab_size;
             let (a, b) = (&single[1].0[..prompt_len], &many[1].0[..prompt_len]);
             let error = relative_error(&vec![(a.to_vec(), vec![])], &vec![(b.to_vec(), vec![])]);

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "no test file uses all of it")]
 
+pub(crate) mod plans;
+
 use std::path::{Path, PathBuf};
 
 use moesaic_engine::{Engine, EngineConfig, Launch, Request, SamplingParams, TokenEvent, launch};
@@ -19,14 +21,18 @@ pub(crate) struct GoldenModel {
 
 impl GoldenModel {
     pub(crate) fn open(name: &str) -> GoldenModel {
-        let folder = goldens().join(name);
+        GoldenModel::in_folder(&goldens().join(name))
+    }
+
+    /// Any model folder.
+    pub(crate) fn in_folder(folder: &Path) -> GoldenModel {
         let config = folder.join("config.json");
         let json = std::fs::read_to_string(&config).unwrap();
         GoldenModel {
-            name: name.to_string(),
+            name: folder.file_name().unwrap().to_str().unwrap().to_string(),
             spec: ModelSpec::from_config_json(&json, &config.display().to_string()).unwrap(),
-            checkpoint: Checkpoint::open(&folder).unwrap(),
-            folder,
+            checkpoint: Checkpoint::open(folder).unwrap(),
+            folder: folder.to_path_buf(),
         }
     }
 
@@ -57,6 +63,11 @@ pub(crate) fn golden_names() -> Vec<String> {
     names.sort();
     assert!(names.len() >= 20, "the goldens are missing: {names:?}");
     names
+}
+
+/// The small trained model's folder.
+pub(crate) fn tiny_moe() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/tiny-moe")
 }
 
 fn goldens() -> PathBuf {
