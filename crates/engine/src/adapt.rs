@@ -10,7 +10,7 @@ use moesaic_plan::{Placement, Plan, Rank, Work};
 use moesaic_spec::{Ffn, ModelSpec};
 
 use crate::balance::{BalanceReport, BalanceSetup, Balancer, Decision, LoadCounters, Paid};
-use crate::executor::StepRecord;
+use crate::record::StepRecord;
 use crate::routing;
 use crate::synchronize::{Features, Pool, Synchronizer, SynchronizerReport};
 use crate::wire::ExpertMove;

@@ -7,7 +7,8 @@ use moesaic_sched::{FinishReason, SchedStats, Scheduler, SeqId, SeqRequest, driv
 use moesaic_spec::ModelSpec;
 
 use crate::adapt::Adaptation;
-use crate::executor::{Executor, StepRecord};
+use crate::executor::Executor;
+use crate::record::StepRecord;
 use crate::{EngineError, MemoryLedger, Rank, SamplingParams};
 
 /// One prompt and how to go on from it.

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::executor::Executor;
 use crate::migrate::Migration;
 use crate::rank::{RankOptions, RankParts};
-use crate::world::{Processes, RankProcess, Threads, World};
+use crate::world::{Places, Processes, RankProcess, Threads, World};
 use crate::{Engine, EngineConfig, EngineError, Rank};
 
 /// Kernel scratch and stacks of one thread.
@@ -110,14 +110,14 @@ pub fn launch_plan(
         },
         deadline_ms: config.deadline.as_millis() as u64,
     };
-    let world = match ranks {
-        Ranks::Threads => thread_world(spec, weights, plan, &setup, &ledger, progress)?,
+    let places = match ranks {
+        Ranks::Threads => thread_ranks(spec, weights, plan, &setup, &ledger, progress)?,
         Ranks::Processes(spawn) => {
             let setups: Vec<RankSetup> = (0..plan.world_size() as u32).map(|rank| setup(RankId(rank))).collect();
-            World::Processes(Processes::start(&setups, spawn, step_deadline(config.deadline))?)
+            Places::Processes(Processes::start(&setups, spawn, step_deadline(config.deadline))?)
         }
     };
-    Ok(Engine::new(schedulers, Executor::new(world, plan.clone(), spec, config), ledger, spec.clone()))
+    Ok(Engine::new(schedulers, Executor::new(World::new(places), plan.clone(), spec, config), ledger, spec.clone()))
 }
 
 /// Ranks notice a wait that ran out before the leader loses patience with them.
@@ -292,14 +292,14 @@ fn shared_weight_bytes(spec: &ModelSpec, plan: &Plan, config: &EngineConfig) -> 
     Ok(arena.peak())
 }
 
-fn thread_world(
+fn thread_ranks(
     spec: &ModelSpec,
     weights: &Launch,
     plan: &Arc<Plan>,
     setup: &dyn Fn(RankId) -> RankSetup,
     ledger: &MemoryLedger,
     progress: impl FnMut(u64),
-) -> Result<World, EngineError> {
+) -> Result<Places, EngineError> {
     let first = setup(RankId(0));
     let deadline = Duration::from_millis(first.deadline_ms);
     let pool = Arc::new(Pool::new(first.num_threads)?);
@@ -311,7 +311,7 @@ fn thread_world(
             Transformer::load(&source, &plan.shards[0], &plan.experts_of(RankId(0)), first.max_model_len, &mut parts)?;
         let rank =
             assemble(&first, plan, transformer, Box::new(Solo::new(Arena::host("exchange", Bytes(0))?)), pool.clone())?;
-        return Ok(World::Inline(Box::new(rank)));
+        return Ok(Places::Inline(Box::new(rank)));
     }
     let exchange = (0..plan.world_size() as u32)
         .map(|rank| Arena::host("exchange", Bytes(setup(RankId(rank)).sizes.exchange)))
@@ -324,7 +324,7 @@ fn thread_world(
         let pool = Arc::new(Pool::new(setup.num_threads)?);
         ranks.push(assemble(&setup, plan, transformer, Box::new(comm), pool)?);
     }
-    Ok(World::Threads(Threads::start(ranks, step_deadline(deadline))?))
+    Ok(Places::Threads(Threads::start(ranks, step_deadline(deadline))?))
 }
 
 /// A rank with weights of its own, in this process.

@@ -13,6 +13,7 @@ mod executor;
 pub mod launch;
 mod migrate;
 pub mod rank;
+mod record;
 mod routing;
 pub mod synchronize;
 mod wire;
@@ -22,9 +23,9 @@ pub use adapt::{Adaptation, PoolSeconds, pool_of};
 pub use ceilings::Ceilings;
 pub use config::EngineConfig;
 pub use engine::{Engine, Request, Step, TokenEvent};
-pub use executor::{RankRecord, StepRecord};
 pub use launch::{Launch, Ranks, launch, launch_plan};
 pub use rank::Rank;
+pub use record::{RankRecord, StepRecord};
 pub use wire::MemoryPeaks;
 pub use world::{RankLink, RankProcess, serve_rank};
 

@@ -4,7 +4,7 @@ use moesaic_spec::{Cluster, ModelSpec};
 
 use crate::eplb::{self, ExpertRank, PlaceError, Policy, RoutingTrace};
 use crate::place::Homes;
-use crate::plan::{AttentionPlan, Exchange, InitialPlacement, MemoryPlan, Mesh, MoePlan, Overlap, Pool, Stage};
+use crate::plan::{InitialPlacement, Mesh, Pool, Stage};
 use crate::{
     AttentionShard, ExpertShard, LayerPlacement, Placement, Plan, PlanError, PlanFile, Rank, RankShard, Slice, rules,
 };
@@ -29,25 +29,7 @@ impl Plan {
 
     /// The plan of one rank that has all of the model; it comes from no file.
     pub fn single(model: &ModelSpec) -> Plan {
-        let file = PlanFile {
-            version: 1,
-            name: "single".to_owned(),
-            model: String::new(),
-            cluster: String::new(),
-            workload: String::new(),
-            ranks: 1,
-            mesh: Mesh { tp: 1, pp: 1, dp: 1, ep: 1 },
-            stage_layers: None,
-            attention: AttentionPlan::default(),
-            moe: MoePlan::default(),
-            micro_batches: 1,
-            overlap: Overlap::default(),
-            exchange: Exchange::default(),
-            all_reduce: None,
-            balance: None,
-            synchronize: None,
-            memory: MemoryPlan::default(),
-        };
+        let file = PlanFile::new("single", Mesh { tp: 1, pp: 1, dp: 1, ep: 1 }, 1);
         Plan::without_placement(file, model, vec![0])
     }
 

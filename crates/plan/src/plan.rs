@@ -60,6 +60,31 @@ fn one() -> usize {
     1
 }
 
+impl PlanFile {
+    /// A mesh of so many ranks, everything else as in a file that says nothing of it.
+    pub fn new(name: &str, mesh: Mesh, ranks: usize) -> PlanFile {
+        PlanFile {
+            version: 1,
+            name: name.to_owned(),
+            model: String::new(),
+            cluster: String::new(),
+            workload: String::new(),
+            ranks,
+            mesh,
+            stage_layers: None,
+            attention: AttentionPlan::default(),
+            moe: MoePlan::default(),
+            micro_batches: 1,
+            overlap: Overlap::default(),
+            exchange: Exchange::default(),
+            all_reduce: None,
+            balance: None,
+            synchronize: None,
+            memory: MemoryPlan::default(),
+        }
+    }
+}
+
 /// World size is `pp * tp * dp`, and with an expert pool of its own `pp * (tp * dp + ep)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -2,7 +2,7 @@
 
 use moesaic_spec::{Ffn, ModelSpec, Workload};
 
-use crate::plan::{AttentionPlan, Exchange, InitialPlacement, MemoryPlan, Mesh, MoePlan, Overlap, Pool};
+use crate::plan::{AttentionPlan, InitialPlacement, MemoryPlan, Mesh, MoePlan, Overlap, Pool};
 use crate::{PlanError, PlanFile, rules::cut_unit};
 
 /// Ranks that share heads at most, where tensor parallelism is the strategy: those of the usual node.
@@ -156,26 +156,14 @@ fn stages_at_most(model: &ModelSpec) -> Result<usize, PlanError> {
 /// What all have in common.
 fn file(setting: &Setting, mesh: Mesh) -> PlanFile {
     PlanFile {
-        version: 1,
-        name: name(mesh, setting.ranks),
         model: setting.model_name.to_owned(),
         cluster: setting.cluster_name.to_owned(),
         workload: setting.workload_name.to_owned(),
-        ranks: setting.ranks,
-        mesh,
-        stage_layers: None,
-        attention: AttentionPlan::default(),
-        moe: MoePlan::default(),
-        micro_batches: 1,
-        overlap: Overlap::MicroBatches,
-        exchange: Exchange::default(),
-        all_reduce: None,
-        balance: None,
-        synchronize: None,
         memory: MemoryPlan {
             max_model_len: Some(setting.workload.longest().min(setting.model.max_position_embeddings)),
             ..MemoryPlan::default()
         },
+        ..PlanFile::new(&name(mesh, setting.ranks), mesh, setting.ranks)
     }
 }
 

@@ -13,8 +13,15 @@ use moesaic_plan::Rank as RankId;
 use crate::wire::{StepCommand, StepReply};
 use crate::{EngineError, Rank};
 
+/// All ranks.
+pub(crate) struct World {
+    places: Places,
+    /// Why ranks of other threads or processes have ended: after a failure they are of no further use.
+    ended: Option<String>,
+}
+
 /// Where ranks run.
-pub(crate) enum World {
+pub(crate) enum Places {
     /// A single one, in the leader's own thread.
     Inline(Box<Rank>),
     /// Each in a thread of this process.
@@ -24,12 +31,30 @@ pub(crate) enum World {
 }
 
 impl World {
+    pub(crate) fn new(places: Places) -> World {
+        World { places, ended: None }
+    }
+
     /// Runs one step on all ranks; replies by rank.
     pub(crate) fn step(&mut self, mut commands: Vec<StepCommand>) -> Result<Vec<StepReply>, EngineError> {
-        match self {
-            World::Inline(rank) => Ok(vec![rank.step(commands.remove(0))?]),
-            World::Threads(threads) => threads.step(commands),
-            World::Processes(processes) => processes.step(commands),
+        if let Some(why) = &self.ended {
+            return Err(EngineError::Ended { why: why.clone() });
+        }
+        let result = match &mut self.places {
+            // It can try again.
+            Places::Inline(rank) => return Ok(vec![rank.step(commands.remove(0))?]),
+            Places::Threads(threads) => threads.step(commands),
+            Places::Processes(processes) => processes.step(commands),
+        };
+        self.ended = result.as_ref().err().map(ToString::to_string);
+        result
+    }
+
+    /// The only rank, where it is in this thread.
+    pub(crate) fn single_rank(&mut self) -> Option<&mut Rank> {
+        match &mut self.places {
+            Places::Inline(rank) => Some(rank),
+            _ => None,
         }
     }
 }

@@ -45,7 +45,6 @@ pub(crate) struct Processes {
     streams: Vec<UnixStream>,
     answers: Receiver<(RankId, Result<Answer, String>)>,
     deadline: Duration,
-    failed: Option<String>,
 }
 
 impl Processes {
@@ -63,7 +62,7 @@ impl Processes {
         let listener = UnixListener::bind(folder.path().join(CONTROL)).map_err(|e| system("the control socket", e))?;
         listener.set_nonblocking(true).map_err(|e| system("the control socket", e))?;
         let (answer, answers) = channel();
-        let mut world = Processes { children: Vec::new(), streams: Vec::new(), answers, deadline, failed: None };
+        let mut world = Processes { children: Vec::new(), streams: Vec::new(), answers, deadline };
         for rank in 0..setups.len() as u32 {
             let child = spawn(RankId(rank), folder.path());
             world.children.push(child.map_err(|e| system(&format!("the process of rank {rank}"), e))?);
@@ -79,6 +78,8 @@ impl Processes {
                     let place = streams.get_mut(rank.idx()).filter(|place| place.is_none());
                     let place = place.ok_or_else(|| EngineError::Ended { why: format!("rank {rank} came twice") })?;
                     stream.set_read_timeout(None).map_err(|e| system("a control connection", e))?;
+                    // A rank that is stopped reads nothing.
+                    stream.set_write_timeout(Some(deadline)).map_err(|e| system("a control connection", e))?;
                     *place = Some(stream);
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
@@ -118,17 +119,6 @@ impl Processes {
     }
 
     pub(crate) fn step(&mut self, commands: Vec<StepCommand>) -> Result<Vec<StepReply>, EngineError> {
-        if let Some(why) = &self.failed {
-            return Err(EngineError::Ended { why: why.clone() });
-        }
-        let result = self.try_step(commands);
-        if let Err(error) = &result {
-            self.failed = Some(error.to_string());
-        }
-        result
-    }
-
-    fn try_step(&mut self, commands: Vec<StepCommand>) -> Result<Vec<StepReply>, EngineError> {
         for (rank, command) in commands.iter().enumerate() {
             if let Err(why) = send(&mut self.streams[rank], command) {
                 let rank = RankId(rank as u32);

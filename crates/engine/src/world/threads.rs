@@ -24,7 +24,8 @@ pub(crate) struct Threads {
     workers: Vec<JoinHandle<()>>,
     /// How long a step may take beyond what a wait between ranks may.
     deadline: Duration,
-    failed: Option<String>,
+    /// A rank has not replied; it may hang.
+    is_late: bool,
 }
 
 impl Threads {
@@ -43,21 +44,10 @@ impl Threads {
             commands.push(command);
             workers.push(worker);
         }
-        Ok(Threads { commands, replies, workers, deadline, failed: None })
+        Ok(Threads { commands, replies, workers, deadline, is_late: false })
     }
 
     pub(crate) fn step(&mut self, commands: Vec<StepCommand>) -> Result<Vec<StepReply>, EngineError> {
-        if let Some(why) = &self.failed {
-            return Err(EngineError::Ended { why: why.clone() });
-        }
-        let result = self.try_step(commands);
-        if let Err(error) = &result {
-            self.failed = Some(error.to_string());
-        }
-        result
-    }
-
-    fn try_step(&mut self, commands: Vec<StepCommand>) -> Result<Vec<StepReply>, EngineError> {
         let num_ranks = self.commands.len();
         for (rank, (inbox, command)) in self.commands.iter().zip(commands).enumerate() {
             inbox.send(command).map_err(|_| EngineError::Ended { why: format!("rank {rank}'s thread is gone") })?;
@@ -73,8 +63,12 @@ impl Threads {
                     // Whoever waits for the failed rank knows by now; the rest is late for another reason.
                     until = until.min(Instant::now() + Duration::from_secs(1));
                 }
-                Err(RecvTimeoutError::Timeout) if !errors.is_empty() => break,
+                Err(RecvTimeoutError::Timeout) if !errors.is_empty() => {
+                    self.is_late = true;
+                    break;
+                }
                 Err(_) => {
+                    self.is_late = true;
                     let late = replies.iter().position(Option::is_none).expect("a reply is missing");
                     let seconds = self.deadline.as_secs_f64();
                     return Err(EngineError::Stalled { rank: RankId(late as u32), seconds });
@@ -93,7 +87,7 @@ impl Drop for Threads {
         self.commands.clear();
         for worker in self.workers.drain(..) {
             // A rank that hangs is left behind: it must not keep the program from ending.
-            if self.failed.is_none() || worker.is_finished() {
+            if !self.is_late || worker.is_finished() {
                 // A panic of a rank was its reply.
                 let _ = worker.join();
             }

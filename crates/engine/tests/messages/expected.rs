@@ -25,8 +25,8 @@ pub(crate) struct Facts<'a> {
     pub value_bytes: u64,
 }
 
-/// Elements of a sum below which it takes one round: 64 KiB of F32.
-const ONE_ROUND: usize = 16 << 10;
+/// Bytes of a sum below which it takes one round.
+const ONE_ROUND: u64 = 64 << 10;
 
 /// All messages of a step that keeps the logits of every position.
 pub(crate) fn messages(facts: &Facts) -> Messages {
@@ -135,7 +135,7 @@ impl Part<'_> {
         ranks.iter().filter(|&&to| to != from).for_each(|&to| self.add(from, to, name, bytes));
     }
 
-    /// All-reduce of so many F32.
+    /// All-reduce of so many values: those of the norm in F32, others as between ops.
     fn sum(&mut self, kind: MessageKind, layer: usize, ranks: &[Rank], elements: usize) {
         if ranks.len() == 1 {
             return;
@@ -148,6 +148,7 @@ impl Part<'_> {
                 None => nodes.push(vec![rank]),
             }
         }
+        let bytes_of = self.bytes_of(kind);
         match self.facts.plan.all_reduce_of(ranks) {
             AllReduce::Flat => self.flat((kind, layer, 0), ranks, elements),
             AllReduce::Hierarchical => {
@@ -159,8 +160,8 @@ impl Part<'_> {
                     let peers: Vec<Rank> = nodes.iter().map(|ranks| ranks[place]).collect();
                     for ranks in &nodes {
                         let others = ranks.iter().filter(|&&from| from != ranks[place]);
-                        others.for_each(|&from| self.add(from, ranks[place], (kind, layer, 0), 4 * part as u64));
-                        self.to_others(ranks[place], ranks, (kind, layer, 3), 4 * part as u64);
+                        others.for_each(|&from| self.add(from, ranks[place], (kind, layer, 0), bytes_of * part as u64));
+                        self.to_others(ranks[place], ranks, (kind, layer, 3), bytes_of * part as u64);
                     }
                     self.flat((kind, layer, 1), &peers, part);
                 }
@@ -168,13 +169,19 @@ impl Part<'_> {
         }
     }
 
+    fn bytes_of(&self, kind: MessageKind) -> u64 {
+        if kind == MessageKind::QkNorm { 4 } else { self.facts.value_bytes }
+    }
+
     fn flat(&mut self, (kind, layer, round): (MessageKind, usize, u8), ranks: &[Rank], elements: usize) {
-        if elements < ONE_ROUND {
-            ranks.iter().for_each(|&from| self.to_others(from, ranks, (kind, layer, round), 4 * elements as u64));
+        let bytes_of = self.bytes_of(kind);
+        let all = bytes_of * elements as u64;
+        if all < ONE_ROUND {
+            ranks.iter().for_each(|&from| self.to_others(from, ranks, (kind, layer, round), all));
             return;
         }
         for (place, &sums) in ranks.iter().enumerate() {
-            let bytes = 4 * aligned(place, ranks.len(), elements) as u64;
+            let bytes = bytes_of * aligned(place, ranks.len(), elements) as u64;
             let others = ranks.iter().filter(|&&from| from != sums);
             others.for_each(|&from| self.add(from, sums, (kind, layer, round), bytes));
             self.to_others(sums, ranks, (kind, layer, round + 1), bytes);
@@ -280,9 +287,9 @@ fn header_bytes(parts: &[&Share]) -> u64 {
     4 * (1 + sections.map(|part| 3 + part.pairs).sum::<u64>())
 }
 
-/// Elements of a part that begins and ends on cache lines of 16 F32.
+/// Elements of a part that begins and ends on cache lines, as those of 32 values of two bytes do.
 fn aligned(place: usize, parts: usize, elements: usize) -> usize {
-    let lines = elements.div_ceil(16);
-    let at = |place: usize| (lines * place / parts * 16).min(elements);
+    let lines = elements.div_ceil(32);
+    let at = |place: usize| (lines * place / parts * 32).min(elements);
     at(place + 1) - at(place)
 }
