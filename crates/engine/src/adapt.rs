@@ -223,8 +223,16 @@ impl Adaptation {
         self.balancer.as_ref().map(Balancer::report)
     }
 
-    /// Experts go to other places, as soon as their weights have: the leader's own decision does the same.
+    /// Whether experts are on their way.
+    pub fn is_migrating(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// Experts go to other places, as soon as their weights have: the leader's own decision does the same. Only where the plan
+    /// balances, because there is memory for it, and one decision after the other.
     pub fn migrate(&mut self, decision: &Decision) {
+        assert!(self.balancer.is_some(), "the plan says nothing of balance");
+        assert!(!self.is_migrating(), "experts are on their way to the placement of another decision");
         let moves = decision.moves.iter().map(|one| {
             self.num_moves += 1;
             ExpertMove {

@@ -193,7 +193,7 @@ fn rank_sizes(
         let schedule = plan.schedule(spec, shard.rank, 1);
         let num_peers: Vec<usize> =
             schedule.actions.iter().filter_map(|action| Some(action.work.sends()?.1.len())).collect();
-        let num_experts: Vec<usize> = plan.experts_of(shard.rank).iter().map(Vec::len).collect();
+        let num_experts: Vec<usize> = plan.most_experts_of(shard.rank).iter().map(Vec::len).collect();
         let attention = shard.attention.as_ref().map(|a| (a.tp, &a.heads, &a.backup_heads, a.embeds, a.has_head));
         let kind = format!("{:?} {attention:?} {:?} {num_experts:?} {num_peers:?}", shard.layers, shard.experts);
         if let Some(&of_kind) = known.get(&kind) {

@@ -20,7 +20,8 @@ use crate::wire::{ExpertMove, StepReply};
 pub(crate) struct Migration {
     /// Memory for experts that arrive.
     arena: Arena,
-    /// Bytes that are sent before one step; one expert at least.
+    /// Bytes that are sent before one step at most; one expert always is. Never more than a quarter of what may arrive: the
+    /// last step's may still be unread, and their memory is that of the arena of messages.
     bytes_per_step: u64,
     to_send: Vec<ExpertMove>,
     to_receive: Vec<ExpertMove>,
@@ -51,16 +52,21 @@ impl Migration {
         transformer: &Transformer,
         reply: &mut StepReply,
     ) -> Result<(), EngineError> {
+        let limit = self.bytes_per_step.min(self.arena.capacity().0 / 4);
         let mut sent = 0;
-        while let Some(first) = self.to_send.first().copied()
-            && sent < self.bytes_per_step.max(1)
-        {
-            let weight = transformer.expert(first.layer, first.expert).expect("a move starts where the expert lives");
+        let mut num_sent = 0;
+        for one in &self.to_send {
+            let weight = transformer.expert(one.layer, one.expert).expect("a move starts where the expert lives");
+            let bytes = weight.size_bytes().0;
+            if num_sent > 0 && sent + bytes > limit {
+                break;
+            }
             let message = Message { header: Vec::new(), tensors: weight.to_tensors(comm.exchange())? };
-            sent += message.size_bytes() as u64;
-            collective::send(ctx, comm, first.to, tag(&first), message)?;
-            self.to_send.remove(0);
+            collective::send(ctx, comm, one.to, tag(one), message)?;
+            sent += bytes;
+            num_sent += 1;
         }
+        self.to_send.drain(..num_sent);
         reply.weights_sent += sent;
         Ok(())
     }

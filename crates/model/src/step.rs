@@ -593,7 +593,8 @@ impl<'a> Step<'a> {
         let Surroundings { ctx, comm, .. } = self.around;
         for (source, rows) in answers {
             if ctx.is_meta() {
-                let most = self.rows_of(mb, source) * self.moe_spec(layer).top_k;
+                let held = self.layer(layer).experts.which.len();
+                let most = self.rows_of(mb, source) * self.moe_spec(layer).top_k.min(held);
                 self.record_bound(source, tag, most * self.row_bytes());
                 continue;
             }

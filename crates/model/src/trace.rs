@@ -81,7 +81,7 @@ impl MetaModel {
     ) -> Result<MetaModel, ModelError> {
         let weights = Arena::meta("weight");
         let source = WeightSource::meta(spec, dtype, &weights);
-        let (shard, experts) = (&plan.shards[rank.idx()], plan.experts_of(rank));
+        let (shard, experts) = (&plan.shards[rank.idx()], plan.most_experts_of(rank));
         let transformer = Transformer::load(&source, shard, &experts, max_model_len, &mut PartCache::default())?;
         Ok(MetaModel { plan: plan.clone(), transformer, weight_bytes: weights.peak() })
     }

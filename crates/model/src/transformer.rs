@@ -199,12 +199,11 @@ impl Transformer {
         Ok(ExpertWeight::empty(arena, d, f, dtype, activation)?)
     }
 
-    /// Memory of all routed experts that a rank of a stage with as many ranks as this one's may hold at a time: one of every
-    /// layer, or as many as it has now.
+    /// Memory of all routed experts that are here.
     pub fn expert_bytes(&self) -> Bytes {
         let bytes = self.shard.layers.clone().filter_map(|layer| {
             let (d, f, activation, dtype) = self.expert_shape(layer)?;
-            let held = self.layer(layer as u32).experts.which.len().max(1) as u64;
+            let held = self.layer(layer as u32).experts.which.len() as u64;
             Some(held * ExpertWeight::packed_bytes(d, f, dtype, activation).0)
         });
         Bytes(bytes.sum())

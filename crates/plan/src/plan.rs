@@ -299,4 +299,21 @@ impl Plan {
         let layers = self.placement.layers.iter();
         layers.map(|layer| layer.as_ref().map_or(Vec::new(), |layer| layer.experts_of(rank))).collect()
     }
+
+    /// The same, filled up with others to as many as the rank may come to hold where experts move: what memory is settled for.
+    pub fn most_experts_of(&self, rank: Rank) -> Vec<Vec<ExpertId>> {
+        let mut experts = self.experts_of(rank);
+        if self.file.balance.is_none() {
+            return experts;
+        }
+        for ((held, slots), placed) in experts.iter_mut().zip(self.expert_slots()).zip(&self.placement.layers) {
+            let (Some(slots), Some(placed)) = (slots, placed) else { continue };
+            let slots = slots.iter().find(|slot| slot.rank == rank).map_or(0, |slot| slot.slots);
+            let others: Vec<ExpertId> =
+                (0..placed.replicas.len() as u32).map(ExpertId).filter(|expert| !held.contains(expert)).collect();
+            held.extend(others.into_iter().take(slots.saturating_sub(held.len())));
+            held.sort_unstable();
+        }
+        experts
+    }
 }

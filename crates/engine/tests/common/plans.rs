@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use moesaic_engine::{Engine, EngineConfig, Launch, Ranks, Request, launch, launch_plan};
 use moesaic_model::LoadDType;
-use moesaic_plan::plan::{AttentionPlan, Exchange, Mesh, MoePlan, Overlap, Pool};
+use moesaic_plan::plan::{Mesh, MoePlan, Pool};
 use moesaic_plan::{Plan, PlanFile};
 use moesaic_spec::{Cluster, Ffn, ModelSpec, cluster_preset};
 
@@ -37,25 +37,8 @@ pub(crate) fn num_experts(spec: &ModelSpec) -> usize {
 
 /// A plan file with nothing but a mesh.
 pub(crate) fn file(mesh: Mesh, ranks: usize) -> PlanFile {
-    PlanFile {
-        version: 1,
-        name: "test".into(),
-        model: "golden".into(),
-        cluster: "a100-4x4".into(),
-        workload: "chat-small".into(),
-        ranks,
-        mesh,
-        stage_layers: None,
-        attention: AttentionPlan::default(),
-        moe: MoePlan::default(),
-        micro_batches: 1,
-        overlap: Overlap::default(),
-        exchange: Exchange::default(),
-        all_reduce: None,
-        balance: None,
-        synchronize: None,
-        memory: Default::default(),
-    }
+    let names = ("golden".into(), "a100-4x4".into(), "chat-small".into());
+    PlanFile { model: names.0, cluster: names.1, workload: names.2, ..PlanFile::new("test", mesh, ranks) }
 }
 
 /// Every rank has requests of its own and its share of the experts.

@@ -7,10 +7,11 @@ mod expected;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use common::moves::{movable, move_on};
 use common::plans::{Subject, cluster, ep, exact_config, file, num_experts, requests, separate};
 use common::{GoldenModel, greedy, prompt, tiny_moe};
 use expected::{Facts, Messages, messages};
-use moesaic_device::Peer;
+use moesaic_device::{OpCall, Peer};
 use moesaic_engine::{Engine, EngineConfig, Launch, Request, StepRecord};
 use moesaic_model::LoadDType;
 use moesaic_plan::plan::{AttentionPlan, Exchange, ExchangePrecision, ExchangeRoute, Mesh, MoePlan, Overlap};
@@ -34,7 +35,8 @@ fn logged(plan: &Plan, spec: &ModelSpec, record: &StepRecord) -> [Messages; 2] {
     let (mut sent, mut received) = (Messages::new(), Messages::new());
     for (rank, of_rank) in record.ranks.iter().enumerate() {
         let this = Rank(rank as u32);
-        assert_eq!(of_rank.background, [], "no expert moves here");
+        let of_moves = |call: &OpCall| Tag::from_code(call.peer.unwrap().tag, 0).unwrap().kind == MessageKind::Weights;
+        assert!(of_rank.background.iter().all(of_moves), "beside its actions a rank only moves experts");
         let schedule = plan.schedule(spec, this, num_micro_batches);
         assert_eq!(of_rank.calls.len(), schedule.actions.len(), "rank {rank}");
         for (action, calls) in schedule.actions.iter().zip(&of_rank.calls) {
@@ -73,6 +75,8 @@ struct Seen {
     rounds: BTreeSet<u8>,
     messages: usize,
     steps: usize,
+    /// Of placements.
+    epochs: BTreeSet<u64>,
 }
 
 /// Tokens by layer and expert.
@@ -108,6 +112,7 @@ fn check_requests(subject: &Subject, file: PlanFile, config: &EngineConfig, requ
     let value_bytes = config.dtype.weights(subject.spec.dtype).compute().size_bytes() as u64;
     let (mut seen, mut counts) = (Seen::default(), Counts::new());
     run(&mut engine, requests, |engine| {
+        // The step was run with the placement that is still announced; the next one may have another.
         let placement = engine.adaptation().placement().clone();
         let record = engine.last_step();
         let [sent, received] = logged(&plan, subject.spec, record);
@@ -118,7 +123,11 @@ fn check_requests(subject: &Subject, file: PlanFile, config: &EngineConfig, requ
         seen.rounds.extend(sent.keys().map(|(.., tag)| tag.round));
         seen.messages += sent.len();
         seen.steps += 1;
+        seen.epochs.insert(placement.epoch);
         count(&mut counts, record);
+        if plan.file.balance.is_some() {
+            move_on(engine, &plan);
+        }
     });
     assert!(seen.steps > 1, "{what}");
     (seen, counts)
@@ -189,6 +198,24 @@ fn the_exchange_is_what_plan_and_routing_say() {
             let exchange = Exchange { route: ExchangeRoute::TwoLevel, ..Exchange::default() };
             check(PlanFile { exchange, ..requests }, &[MessageKind::Dispatch, MessageKind::Relay, MessageKind::Answer]);
         }
+    }
+}
+
+/// A switch is of all ranks at once: each step's rows go where one placement says.
+#[test]
+fn rows_follow_experts_that_move() {
+    let folder = tiny_moe();
+    let model = GoldenModel::in_folder(&folder);
+    let weights = Launch::Checkpoint(&model.checkpoint);
+    let subject = Subject { name: "tiny-moe", spec: &model.spec, weights: &weights };
+    let single = single_counts(&subject, &exact_config());
+    for route in [ExchangeRoute::Direct, ExchangeRoute::TwoLevel] {
+        let exchange = Exchange { route, ..Exchange::default() };
+        let moe = MoePlan { redundant_experts: 8, max_experts_per_rank: Some(3), ..MoePlan::default() };
+        let file = PlanFile { moe, exchange, overlap: Overlap::Arrivals, ..ep(8, &model.spec) };
+        let (seen, counts) = check(&subject, movable(file), &exact_config());
+        assert!(seen.epochs.len() > 1, "{:?}", seen.epochs);
+        assert_eq!(counts, single);
     }
 }
 
