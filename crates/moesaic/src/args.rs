@@ -90,9 +90,9 @@ pub(crate) struct CompareArgs {
     /// Cluster that times are priced for: a preset or a file.
     #[arg(long, value_name = "CLUSTER", default_value = "a100-4x4", help_heading = "Plans")]
     pub cluster: String,
-    /// Requests: a preset or a file.
-    #[arg(long, value_name = "WORKLOAD", default_value = "chat-small", help_heading = "Plans")]
-    pub workload: String,
+    /// Requests: a preset or a file; without, what the plan names, or chat-small.
+    #[arg(long, value_name = "WORKLOAD", help_heading = "Plans")]
+    pub workload: Option<String>,
     /// Folder for the report (HTML, Markdown, JSON) and the plan files.
     #[arg(short, long, value_name = "DIR", default_value = "moesaic-compare", help_heading = "Output")]
     pub output: PathBuf,
@@ -133,7 +133,7 @@ impl From<StrategyArg> for Strategy {
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
-    moesaic explain moesaic-compare/plans/ep.yaml\n  \
+    moesaic explain moesaic-compare/plans/ep-16.yaml\n  \
     moesaic explain plan.yaml --model ./model --schedule 3     with the actions of rank 3, in order")]
 pub(crate) struct ExplainArgs {
     /// A plan file.
@@ -340,7 +340,7 @@ impl EngineArgs {
     moesaic generate --prompt \"She had always been\" --max-tokens 60\n  \
     echo \"Dear Sir,\" | moesaic generate ./model\n  \
     moesaic generate ./model --chat --prompt \"What is a mosaic?\"\n  \
-    moesaic generate --plan moesaic-compare/plans/ep.yaml      on 16 ranks\n  \
+    moesaic generate --plan moesaic-compare/plans/ep-16.yaml      on 16 ranks\n  \
     moesaic generate ./model --prompt-ids 1,2,3 --json --logits logits.safetensors")]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]

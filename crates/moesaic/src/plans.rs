@@ -44,6 +44,12 @@ pub(crate) fn model_of(file: &PlanFile, args: &ModelArgs) -> Result<ModelArgs> {
     Ok(args.clone().with_model((file.model != EMBEDDED).then(|| file.model.clone().into())))
 }
 
+/// A plan's name as that of a file: `TP=8, PP=2` is `tp-8-pp-2`.
+pub(crate) fn slug(name: &str) -> String {
+    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    words.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("-")
+}
+
 /// A plan in a few words, for the heads of tables.
 pub(crate) fn describe(file: &PlanFile) -> String {
     let Mesh { tp, pp, dp, ep } = file.mesh;

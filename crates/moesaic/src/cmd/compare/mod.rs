@@ -10,25 +10,31 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use moesaic_plan::{PlanFile, Setting, Strategy};
 use moesaic_planner::report::{ClusterFacts, Comparison, ModelFacts, WorkloadFacts};
-use moesaic_spec::{Cluster, Workload};
+use moesaic_spec::Workload;
 
 use self::run::{Reference, Run};
 use crate::args::CompareArgs;
 use crate::folder::OpenModel;
 use crate::plans;
 
+/// What is asked when nothing is said.
+const DEFAULT_WORKLOAD: &str = "chat-small";
+
 pub(crate) fn run(args: &CompareArgs) -> Result<()> {
-    let model = OpenModel::open(&args.model)?;
-    let model_name = plans::model_name(&args.model);
-    let workload = plans::workload(&args.workload)?;
-    let (cluster, files) = match args.plan.is_empty() {
-        true => {
-            let cluster = plans::cluster(&args.cluster)?;
-            let files = strategies(args, &model, &model_name, &workload)?;
-            (cluster, files)
-        }
-        false => given(args)?,
+    let given = args.plan.iter().map(|path| plans::read(path)).collect::<Result<Vec<PlanFile>>>()?;
+    let first = given.first();
+    let model_args = first.map_or(Ok(args.model.clone()), |file| plans::model_of(file, &args.model))?;
+    let model = OpenModel::open(&model_args)?;
+    let model_name = plans::model_name(&model_args);
+    let workload_name = args.workload.as_deref().or(first.map(|file| file.workload.as_str()));
+    let workload_name = workload_name.unwrap_or(DEFAULT_WORKLOAD);
+    let workload = plans::workload(workload_name)?;
+    let cluster = plans::cluster(first.map_or(&args.cluster, |file| &file.cluster))?;
+    let files = match given.is_empty() {
+        true => strategies(args, &model, &model_name, (workload_name, &workload))?,
+        false => given,
     };
+    check_alike(args, &files, &model_name)?;
     let requests = prompts::requests(&model, &workload)?;
     let run = Run { args, model: &model, cluster: &cluster, workload: &workload, requests: &requests };
 
@@ -38,14 +44,22 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
         WorkloadFacts::of(&workload),
     );
     if !args.quiet {
-        eprintln!("one rank  {} requests, for reference", requests.len());
+        eprintln!("{:<11} {:>4} rank   {} requests, for reference", "one", 1, requests.len());
     }
     let reference: Reference = run.reference()?;
     for file in &files {
-        if !args.quiet {
-            eprintln!("{:<9} {} ranks", file.name, file.ranks);
-        }
         let report = run.plan(file, &reference).with_context(|| format!("plan {}", file.name))?;
+        if !args.quiet {
+            let sameness = match report.sameness {
+                Some(sameness) if sameness.bit_identical() => "every bit as one rank".to_string(),
+                Some(sameness) => {
+                    format!("{} of {} tokens as one rank", sameness.tokens - sameness.differing_tokens, sameness.tokens)
+                }
+                None => String::new(),
+            };
+            let tpot = report.performance.tpot_ms.mean;
+            eprintln!("{:<11} {:>4} ranks  TPOT {tpot:.3} ms  {sameness}", file.name, file.ranks);
+        }
         comparison.strategies.push(report);
     }
     comparison.notes.push(
@@ -58,7 +72,12 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
 }
 
 /// The strategies that were asked for, as plans.
-fn strategies(args: &CompareArgs, model: &OpenModel, model_name: &str, workload: &Workload) -> Result<Vec<PlanFile>> {
+fn strategies(
+    args: &CompareArgs,
+    model: &OpenModel,
+    model_name: &str,
+    (workload_name, workload): (&str, &Workload),
+) -> Result<Vec<PlanFile>> {
     let wanted: Vec<Strategy> = match args.strategy.is_empty() {
         true => Strategy::ALL.to_vec(),
         false => args.strategy.iter().map(|&strategy| strategy.into()).collect(),
@@ -67,28 +86,32 @@ fn strategies(args: &CompareArgs, model: &OpenModel, model_name: &str, workload:
         model_name,
         model: &model.spec,
         cluster_name: &args.cluster,
-        workload_name: &args.workload,
+        workload_name,
         workload,
         ranks: args.ranks,
     };
     wanted.into_iter().map(|strategy| Ok(PlanFile::preset(strategy, &setting)?)).collect()
 }
 
-/// The plans that were given, all for one cluster.
-fn given(args: &CompareArgs) -> Result<(Cluster, Vec<PlanFile>)> {
-    let files = args.plan.iter().map(|path| plans::read(path)).collect::<Result<Vec<PlanFile>>>()?;
-    let first = &files[0];
+/// Plans are compared on one model and one cluster.
+fn check_alike(args: &CompareArgs, files: &[PlanFile], model_name: &str) -> Result<()> {
     for (file, path) in files.iter().zip(&args.plan) {
         ensure!(
-            file.cluster == first.cluster,
+            file.model == model_name,
+            "{}: the plan is for model {}, but {model_name} is compared; name the plan's model, or change `model`",
+            path.display(),
+            file.model
+        );
+        ensure!(
+            file.cluster == files[0].cluster,
             "{}: cluster is {}, but {} is for {}; plans are compared on one cluster",
             path.display(),
             file.cluster,
             args.plan[0].display(),
-            first.cluster
+            files[0].cluster
         );
     }
-    Ok((plans::cluster(&first.cluster)?, files))
+    Ok(())
 }
 
 fn write_files(args: &CompareArgs, comparison: &Comparison, files: &[PlanFile], reference: &Reference) -> Result<()> {
@@ -108,7 +131,7 @@ fn write_files(args: &CompareArgs, comparison: &Comparison, files: &[PlanFile], 
         write("routing-trace.json", &trace.to_json())?;
     }
     for file in files {
-        write(&format!("plans/{}.yaml", file.name.replace('/', "-")), &file.to_yaml())?;
+        write(&format!("plans/{}.yaml", plans::slug(&file.name)), &file.to_yaml())?;
     }
     if !args.quiet {
         eprintln!("written   {} (beside it report.md, report.json, plans/ and routing-trace.json)", page.display());

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::BufWriter;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use moesaic_device::process_time;
@@ -78,9 +79,16 @@ impl Run<'_> {
             dtype: self.args.model.dtype.into(),
             record_calls: file.is_some(),
             external_times: true,
+            // A laptop may work for minutes on what one GPU does in a blink.
+            deadline: Duration::from_secs(600),
             num_threads: Some(1),
             ..EngineConfig::default()
         }
+    }
+
+    /// Requests go to the group with the least to do, so some groups get more short ones than others.
+    fn seqs_of_group(&self, plan: &Plan) -> usize {
+        (2 * self.requests.len().div_ceil(plan.num_groups())).min(self.requests.len())
     }
 
     fn add_all(&self, engine: &mut Engine) -> Result<Vec<SeqId>> {
@@ -98,7 +106,7 @@ impl Run<'_> {
     pub(super) fn plan(&self, file: &PlanFile, reference: &Reference) -> Result<StrategyReport> {
         let spec = &self.model.spec;
         let plan = Arc::new(plans::resolve(file.clone(), spec, self.cluster)?);
-        let config = self.config(self.requests.len().div_ceil(plan.num_groups()), Some(file));
+        let config = self.config(self.seqs_of_group(&plan), Some(file));
         let mut engine = self.model.launch_plan(&plan, &config, Ranks::Threads, true)?;
         let dtype = config.dtype.weights(spec.dtype);
         let mut priced = Priced::new(self, &plan, dtype)?;
@@ -117,8 +125,9 @@ impl Run<'_> {
             }
         }
         let answers: Vec<_> = ids.iter().map(|id| answers.remove(id).unwrap_or_default()).collect();
+        let weights_s = priced.weights_s;
         let mut report = priced.report(&ids, file)?;
-        report.balance = engine.adaptation().balance_report().and_then(balance_of);
+        report.balance = engine.adaptation().balance_report().and_then(|report| balance_of(report, weights_s));
         report.synchronizer = engine.adaptation().synchronizer_report().map(synchronizer_of);
         report.sameness = Some(sameness(&reference.answers, &answers));
         report.notes.push(format!(
@@ -145,6 +154,8 @@ struct Priced<'a> {
     tokens: HashMap<SeqId, Vec<f64>>,
     expert_tokens: BTreeMap<u32, Vec<u64>>,
     quantization: (f64, f64),
+    /// Time for which moving experts occupied links.
+    weights_s: f64,
     peaks: Vec<moesaic_engine::MemoryPeaks>,
     num_decode_steps: usize,
     timeline: Option<Timeline>,
@@ -171,7 +182,7 @@ impl<'a> Priced<'a> {
                 // One file for each plan beside the one that was named.
                 let path = match run.args.plan.len() == 1 || run.args.strategy.len() == 1 {
                     true => path.clone(),
-                    false => path.with_extension(format!("{}.json", plan.file.name.replace('/', "-"))),
+                    false => path.with_extension(format!("{}.json", plans::slug(&plan.file.name))),
                 };
                 let file = File::create(&path).with_context(|| path.display().to_string())?;
                 let names: Vec<String> = plan.shards.iter().map(describe).collect();
@@ -189,6 +200,7 @@ impl<'a> Priced<'a> {
             tokens: HashMap::new(),
             expert_tokens: BTreeMap::new(),
             quantization: (0.0, 0.0),
+            weights_s: 0.0,
             peaks: Vec::new(),
             num_decode_steps: 0,
             timeline: None,
@@ -220,6 +232,8 @@ impl<'a> Priced<'a> {
             let sums = self.expert_tokens.entry(*layer).or_insert_with(|| vec![0; counts.len()]);
             sums.iter_mut().zip(counts).for_each(|(sum, &count)| *sum += u64::from(count));
         }
+        let weights = times.messages.iter().filter(|message| message.kind == MessageKind::Weights);
+        self.weights_s += weights.map(|message| message.end - message.start).sum::<f64>();
         self.quantization.0 += record.quantization.0;
         self.quantization.1 += record.quantization.1;
         self.peaks = record.ranks.iter().map(|rank| rank.peaks).collect();
@@ -326,8 +340,9 @@ impl<'a> Priced<'a> {
 
     /// Weights and KV cache as the plan has them, activations and messages as they were reached.
     fn memory(&self) -> Vec<RankMemory> {
+        let file_seqs = self.plan.file.memory.max_num_seqs;
         let longest = self.run.workload.longest();
-        let seqs = self.run.requests.len().div_ceil(self.plan.num_groups());
+        let seqs = file_seqs.unwrap_or_else(|| self.run.requests.len().div_ceil(self.plan.num_groups()));
         let ranks = self.plan.rank_memory(&self.run.model.spec).into_iter().zip(&self.peaks);
         let memory = ranks.map(|(rank, peaks)| {
             let mut parts: Vec<(String, u64)> =
@@ -354,7 +369,7 @@ fn describe(shard: &moesaic_plan::RankShard) -> String {
 }
 
 /// What moving experts did, from the first decision to the last; `None` while nothing moved.
-fn balance_of(report: &balance::BalanceReport) -> Option<BalanceReport> {
+fn balance_of(report: &balance::BalanceReport, seconds: f64) -> Option<BalanceReport> {
     let (first, last) = (report.decisions.first()?, report.decisions.last()?);
     let imbalance =
         |stats: balance::LoadStats| Imbalance { max_over_mean: stats.max_over_mean, std_dev: stats.std_dev };
@@ -363,7 +378,7 @@ fn balance_of(report: &balance::BalanceReport) -> Option<BalanceReport> {
         after: imbalance(last.measured.unwrap_or(last.predicted)),
         moves: report.decisions.iter().map(|decision| decision.moves as u64).sum(),
         bytes_moved: report.moved_bytes,
-        seconds: report.paid_s,
+        seconds,
     })
 }
 
