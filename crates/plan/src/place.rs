@@ -76,16 +76,19 @@ impl Homes<'_> {
         Ok(())
     }
 
-    /// Experts in order over the ranks in order, as equal in number as can be; replicas of experts 0, 1, … in turn, each on
-    /// a rank without that expert: in a node without it where there is one, then where fewest experts are, then the next one
-    /// in order. There must be room ([`Homes::check_room`]).
+    /// Experts in order over the ranks in order, as equal in number as can be; replicas of every so-many-th expert, because
+    /// neighbours would relieve one rank only, each on a rank without that expert: in a node without it where there is one,
+    /// then where fewest experts are, then the next one in order. There must be room ([`Homes::check_room`]).
     pub(crate) fn linear(&self, num_experts: usize) -> LayerPlacement {
         let num_homes = self.ranks.len();
         let slice = |idx: usize| Slice { idx, count: num_homes }.range(num_experts, 1).collect();
         let mut held: Vec<Vec<usize>> = (0..num_homes).map(slice).collect();
         let most = (num_experts + self.redundant).div_ceil(num_homes);
-        for expert in (0..self.redundant).map(|replica| replica % num_experts) {
-            self.add_replica(expert, most, &mut held);
+        let mut left = self.redundant;
+        while left > 0 {
+            let num_replicas = left.min(num_experts);
+            (0..num_replicas).for_each(|idx| self.add_replica(idx * num_experts / num_replicas, most, &mut held));
+            left -= num_replicas;
         }
         let mut replicas = vec![Vec::new(); num_experts];
         for (home, experts) in held.iter().enumerate() {

@@ -4,6 +4,7 @@
 
 pub(crate) mod moves;
 pub(crate) mod plans;
+pub(crate) mod router;
 
 use std::path::{Path, PathBuf};
 

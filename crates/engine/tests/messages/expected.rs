@@ -95,7 +95,7 @@ impl Part<'_> {
                         for (idx, &from) in ranks.iter().enumerate() {
                             let own = Slice { idx, count: ranks.len() }.range(rows, 1).len() as u64;
                             let bytes = own * width as u64 * self.facts.value_bytes;
-                            self.to_others(from, ranks, (MessageKind::Rows, layer, 0), bytes);
+                            self.give_others(from, ranks, (MessageKind::Rows, layer, 0), bytes);
                         }
                     }
                 }
@@ -131,7 +131,7 @@ impl Part<'_> {
         }
     }
 
-    fn to_others(&mut self, from: Rank, ranks: &[Rank], name: (MessageKind, usize, u8), bytes: u64) {
+    fn give_others(&mut self, from: Rank, ranks: &[Rank], name: (MessageKind, usize, u8), bytes: u64) {
         ranks.iter().filter(|&&to| to != from).for_each(|&to| self.add(from, to, name, bytes));
     }
 
@@ -161,7 +161,7 @@ impl Part<'_> {
                     for ranks in &nodes {
                         let others = ranks.iter().filter(|&&from| from != ranks[place]);
                         others.for_each(|&from| self.add(from, ranks[place], (kind, layer, 0), bytes_of * part as u64));
-                        self.to_others(ranks[place], ranks, (kind, layer, 3), bytes_of * part as u64);
+                        self.give_others(ranks[place], ranks, (kind, layer, 3), bytes_of * part as u64);
                     }
                     self.flat((kind, layer, 1), &peers, part);
                 }
@@ -177,14 +177,14 @@ impl Part<'_> {
         let bytes_of = self.bytes_of(kind);
         let all = bytes_of * elements as u64;
         if all < ONE_ROUND {
-            ranks.iter().for_each(|&from| self.to_others(from, ranks, (kind, layer, round), all));
+            ranks.iter().for_each(|&from| self.give_others(from, ranks, (kind, layer, round), all));
             return;
         }
         for (place, &sums) in ranks.iter().enumerate() {
             let bytes = bytes_of * aligned(place, ranks.len(), elements) as u64;
             let others = ranks.iter().filter(|&&from| from != sums);
             others.for_each(|&from| self.add(from, sums, (kind, layer, round), bytes));
-            self.to_others(sums, ranks, (kind, layer, round + 1), bytes);
+            self.give_others(sums, ranks, (kind, layer, round + 1), bytes);
         }
     }
 
