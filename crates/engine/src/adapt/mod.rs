@@ -3,16 +3,21 @@
 //! Only the leader decides. A new placement is announced when all weights that it needs have arrived; every rank then
 //! switches before the same step.
 
+mod pools;
+
+pub use pools::{PoolSeconds, pool_of};
+
 use std::collections::BTreeSet;
 
 use moesaic_plan::plan::MAX_MICRO_BATCHES;
-use moesaic_plan::{Placement, Plan, Rank, Work};
-use moesaic_spec::{Ffn, ModelSpec};
+use moesaic_plan::{Placement, Plan};
+use moesaic_spec::ModelSpec;
 
+use self::pools::InStep;
 use crate::balance::{BalanceReport, BalanceSetup, Balancer, Decision, LoadCounters, Paid};
 use crate::record::StepRecord;
 use crate::routing;
-use crate::synchronize::{Features, Pool, Synchronizer, SynchronizerReport};
+use crate::synchronize::SynchronizerReport;
 use crate::wire::ExpertMove;
 
 /// The leader's view of what may change.
@@ -26,135 +31,6 @@ pub struct Adaptation {
     /// Moves that ranks have not been told of yet.
     new_moves: Vec<ExpertMove>,
     pending: Option<Pending>,
-}
-
-/// What keeps the pools in step.
-struct InStep {
-    synchronizer: Synchronizer,
-    /// Layers with experts.
-    num_layers: usize,
-    num_experts: usize,
-    /// By number of micro-batches (from 1), rank and action: which micro-batch's time it is, and which pool's.
-    pool_of: Vec<Vec<Vec<Option<(usize, Pool)>>>>,
-    /// Times come from somebody else's clock.
-    external_times: bool,
-    /// The last step, all of it and by micro-batch.
-    whole: Features,
-    parts: Vec<Features>,
-}
-
-/// What the slowest rank of each pool took for one micro-batch in one layer, seconds; 0 is not measured.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct PoolSeconds {
-    /// Attention and all that stays with the tokens.
-    pub attention: f64,
-    /// Routed experts.
-    pub experts: f64,
-    /// The way between the two, one direction.
-    pub exchange: f64,
-}
-
-impl PoolSeconds {
-    /// The time of one pool.
-    pub fn of(&mut self, pool: Pool) -> &mut f64 {
-        match pool {
-            Pool::Attention => &mut self.attention,
-            Pool::Experts => &mut self.experts,
-            Pool::Exchange => &mut self.exchange,
-        }
-    }
-}
-
-/// Whose time an action takes; `None` for what a step has once, before the first layer and after the last.
-pub fn pool_of(work: &Work) -> Option<Pool> {
-    match work {
-        Work::Attention
-        | Work::Project
-        | Work::Attend
-        | Work::AllReduce { .. }
-        | Work::Mlp
-        | Work::Route
-        | Work::SharedExpert
-        | Work::Combine { .. }
-        | Work::AllGather { .. } => Some(Pool::Attention),
-        Work::Experts { .. } => Some(Pool::Experts),
-        Work::Dispatch { .. } | Work::Relay { .. } | Work::Answer { .. } => Some(Pool::Exchange),
-        _ => None,
-    }
-}
-
-impl InStep {
-    fn new(plan: &Plan, spec: &ModelSpec, external_times: bool) -> Option<InStep> {
-        let settings = plan.file.synchronize?;
-        let (num_layers, num_experts) =
-            (spec.layers.iter().filter(|ffn| matches!(ffn, Ffn::Moe(_))).count(), routing::num_experts(spec));
-        let of_rank = |rank: u32, num: usize| {
-            let schedule = plan.schedule(spec, Rank(rank), num);
-            let of = |action: &moesaic_plan::Action| Some((action.micro_batch as usize, pool_of(&action.work)?));
-            schedule.actions.iter().map(of).collect()
-        };
-        let ranks = 0..plan.world_size() as u32;
-        Some(InStep {
-            synchronizer: Synchronizer::new(settings, num_layers, num_experts, plan.file.micro_batches),
-            num_layers,
-            num_experts,
-            pool_of: (1..=MAX_MICRO_BATCHES)
-                .map(|num| ranks.clone().map(|rank| of_rank(rank, num)).collect())
-                .collect(),
-            external_times,
-            whole: Features::default(),
-            parts: Vec::new(),
-        })
-    }
-
-    /// The size of the last step and of its micro-batches.
-    fn take_in(&mut self, record: &StepRecord) {
-        let active = record.expert_counts.values().map(|counts| counts.iter().filter(|&&count| count > 0).count());
-        self.whole = Features {
-            active_experts: active.sum::<usize>() as f64 / self.num_layers as f64,
-            micro_batches: 1.0,
-            ..record.whole
-        };
-        let num = record.micro_batches.len();
-        let active_experts = self.whole.part(num, self.num_experts).active_experts;
-        let part = |part: &Features| Features { active_experts, micro_batches: num as f64, ..*part };
-        self.parts = record.micro_batches.iter().map(part).collect();
-    }
-
-    /// What ranks measured of a step.
-    fn measured(&self, record: &StepRecord) -> Vec<PoolSeconds> {
-        let num = self.parts.len();
-        let mut slowest = vec![PoolSeconds::default(); num];
-        for (rank, actions) in record.ranks.iter().zip(&self.pool_of[num - 1]) {
-            let mut own = vec![PoolSeconds::default(); num];
-            for (seconds, pool) in rank.action_s.iter().zip(actions) {
-                if let Some((mb, pool)) = *pool {
-                    *own[mb].of(pool) += seconds / self.num_layers as f64;
-                }
-            }
-            for (slowest, mut own) in slowest.iter_mut().zip(own) {
-                for pool in [Pool::Attention, Pool::Experts, Pool::Exchange] {
-                    let seconds = *own.of(pool);
-                    let most = slowest.of(pool);
-                    *most = most.max(seconds);
-                }
-            }
-        }
-        slowest
-    }
-
-    /// The next number of micro-batches, if an interval is over.
-    fn observe(&mut self, times: &[PoolSeconds]) -> Option<usize> {
-        for (part, times) in self.parts.iter().zip(times).filter(|(part, _)| part.tokens > 0.0) {
-            for pool in [Pool::Attention, Pool::Experts, Pool::Exchange] {
-                let seconds = *times.clone().of(pool);
-                if seconds > 0.0 {
-                    self.synchronizer.observe(pool, *part, seconds);
-                }
-            }
-        }
-        Some(self.synchronizer.end_step(&self.whole)?.to)
-    }
 }
 
 /// A placement whose weights are on their way.
