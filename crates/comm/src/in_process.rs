@@ -53,7 +53,7 @@ impl Communicator for InProcess {
     fn send(&self, to: Rank, tag: Tag, message: Message) -> Result<(), CommError> {
         self.mailboxes[to.idx()].deliver(self.rank, tag, Ok(message)).map_err(|why| {
             let why = format!("it has ended ({why})");
-            CommError::Unsent { rank: self.rank, peer: to, tag, why }
+            CommError::Unsent { rank: self.rank, peer: to, tag, has_ended: true, why }
         })
     }
 

@@ -124,6 +124,8 @@ pub enum CommError {
         peer: Rank,
         /// Which.
         tag: Tag,
+        /// The other end is gone; otherwise it takes nothing.
+        has_ended: bool,
         /// Why not.
         why: String,
     },

@@ -104,6 +104,8 @@ pub enum EngineError {
     Remote {
         /// 0 for a failure of its own, 1 for a wait that ran out, 2 for the news that somebody else has ended.
         severity: u8,
+        /// For whom it waited, where a wait ran out.
+        awaited: Option<RankId>,
         /// Its sentence.
         what: String,
     },
@@ -128,12 +130,24 @@ impl EngineError {
     pub(crate) fn severity(&self) -> u8 {
         match self {
             EngineError::Comm(comm) | EngineError::Model(ModelError::Comm(comm)) => match comm {
-                CommError::PeerEnded { .. } => 2,
-                CommError::Timeout { .. } => 1,
+                CommError::PeerEnded { .. } | CommError::Unsent { has_ended: true, .. } => 2,
+                CommError::Timeout { .. } | CommError::Unsent { .. } => 1,
                 _ => 0,
             },
             EngineError::Remote { severity, .. } => *severity,
             _ => 0,
+        }
+    }
+
+    /// For whom a rank waited until its patience ended.
+    pub(crate) fn awaited(&self) -> Option<RankId> {
+        match self {
+            EngineError::Comm(comm) | EngineError::Model(ModelError::Comm(comm)) => match comm {
+                CommError::Timeout { peer, .. } | CommError::Unsent { peer, has_ended: false, .. } => Some(*peer),
+                _ => None,
+            },
+            EngineError::Remote { awaited, .. } => *awaited,
+            _ => None,
         }
     }
 }

@@ -121,7 +121,7 @@ fn a_skewed_router_becomes_level_and_no_token_differs() {
             assert!(off.abs() < 0.15, "{what}: {off} off {share}: {counts:?}");
         }
         let (before, after) = (max_over_mean(&before), max_over_mean(&after));
-        assert!(before > 1.15 && after < 1.15, "{what}: {before} before, {after} after");
+        assert!(before > 1.5 && after < 1.15, "{what}: {before} before, {after} after");
         let report = engine.adaptation().balance_report().unwrap().clone();
         assert_eq!((report.decisions[0].step, report.decisions[0].layers), (20, 2), "{what}: at the first interval");
         assert!(report.moved_bytes > 0);
@@ -137,16 +137,20 @@ fn a_uniform_router_is_left_alone() {
     let (_folder, model) = model_with_loads(&[1.0 / 16.0; 16]);
     let weights = Launch::Checkpoint(&model.checkpoint);
     let subject = Subject { name: "uniform", spec: &model.spec, weights: &weights };
-    let plan = subject.plan(balanced(ep(4, &model.spec), 0));
-    let mut engine = subject.many(&plan, &EngineConfig { record_calls: false, keep_logits: false, ..config() });
-    serve(&mut engine, &model.spec, |engine| {
-        assert_eq!(engine.last_step().placement_epoch, 0);
-        assert!(!engine.adaptation().is_migrating());
-        engine.last_step().step < 300
-    });
-    let report = engine.adaptation().balance_report().unwrap();
-    assert!(report.intervals >= 15 && report.quiet_intervals == report.intervals, "{report:?}");
-    assert_eq!(report.moved_bytes, 0);
-    // Not because nothing was to be seen: short windows are uneven.
-    assert!(report.quiet.iter().any(|quiet| quiet.max_over_mean > 1.02), "{report:?}");
+    // With replicas, too: they begin where they make no rank's share larger than another's.
+    for redundant_experts in [0, 4] {
+        let plan = subject.plan(balanced(ep(4, &model.spec), redundant_experts));
+        let few = EngineConfig { max_num_batched_tokens: 32, record_calls: false, keep_logits: false, ..config() };
+        let mut engine = subject.many(&plan, &few);
+        serve(&mut engine, &model.spec, |engine| {
+            assert_eq!(engine.last_step().placement_epoch, 0);
+            assert!(!engine.adaptation().is_migrating());
+            engine.last_step().step < 300
+        });
+        let report = engine.adaptation().balance_report().unwrap();
+        assert!(report.intervals >= 15 && report.quiet_intervals == report.intervals, "{report:?}");
+        assert_eq!(report.moved_bytes, 0);
+        // Not because nothing was to be seen: short windows are uneven.
+        assert!(report.quiet.iter().any(|quiet| quiet.max_over_mean > 1.02), "{report:?}");
+    }
 }

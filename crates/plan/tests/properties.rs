@@ -307,7 +307,10 @@ proptest! {
         file.moe.redundant_experts = redundant;
         file.moe.max_experts_per_rank = Some(2);
         let plan = Plan::new(file, &model(), &common::cluster()).unwrap();
-        for ranks in &plan.placement.layers[0].as_ref().unwrap().replicas[..redundant] {
+        let replicas = &plan.placement.layers[0].as_ref().unwrap().replicas;
+        let replicated: Vec<_> = replicas.iter().filter(|ranks| ranks.len() > 1).collect();
+        prop_assert_eq!(replicated.len(), redundant);
+        for ranks in replicated {
             prop_assert_eq!(ranks.len(), 2);
             prop_assert!(plan.node_of[ranks[0].idx()] != plan.node_of[ranks[1].idx()], "{:?}", ranks);
         }

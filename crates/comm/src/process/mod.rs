@@ -186,12 +186,12 @@ impl Communicator for Process {
     }
 
     fn send(&self, to: Rank, tag: Tag, message: Message) -> Result<(), CommError> {
-        let unsent = |why: String| CommError::Unsent { rank: self.rank, peer: to, tag, why };
+        let unsent = |has_ended, why| CommError::Unsent { rank: self.rank, peer: to, tag, has_ended, why };
         let Some(outgoing) = &self.peers[to.idx()] else {
-            return self.mailbox.deliver(self.rank, tag, Ok(message)).map_err(unsent);
+            return self.mailbox.deliver(self.rank, tag, Ok(message)).map_err(|why| unsent(true, why));
         };
         if let Some(why) = self.mailbox.ended(to) {
-            return Err(unsent(format!("it has ended ({why})")));
+            return Err(unsent(true, format!("it has ended ({why})")));
         }
         self.reclaim();
         let placed = place(message.tensors, &self.exchange);
@@ -217,11 +217,15 @@ impl Communicator for Process {
         sent.map_err(|why| {
             // A part of the frame may be on its way; nothing that follows could be understood.
             let _ = outgoing.stream.shutdown(Shutdown::Both);
-            unsent(match why.kind() {
-                ErrorKind::TimedOut => format!("it took nothing for {:.1} s", self.deadline.as_secs_f64()),
-                ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => "it has ended (connection closed)".to_owned(),
-                _ => why.to_string(),
-            })
+            match why.kind() {
+                ErrorKind::TimedOut => {
+                    unsent(false, format!("it took nothing for {:.1} s", self.deadline.as_secs_f64()))
+                }
+                ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
+                    unsent(true, "it has ended (connection closed)".to_owned())
+                }
+                _ => unsent(true, why.to_string()),
+            }
         })
     }
 

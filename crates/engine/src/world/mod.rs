@@ -1,14 +1,13 @@
 //! All ranks, as the leader sees them: a step's commands go out, the replies come back, and what goes wrong anywhere comes
 //! back as one error that names the rank.
 
+mod failures;
 mod processes;
 mod threads;
 
 pub(crate) use processes::Processes;
 pub use processes::{RankLink, RankProcess, serve_rank};
 pub(crate) use threads::Threads;
-
-use moesaic_plan::Rank as RankId;
 
 use crate::wire::{StepCommand, StepReply};
 use crate::{EngineError, Rank};
@@ -57,11 +56,4 @@ impl World {
             _ => None,
         }
     }
-}
-
-/// Of all that ranks report after one of them failed, what explains the rest: a rank's own failure before a wait that ran
-/// out, and that before the news that somebody has ended.
-fn root_cause(errors: Vec<(RankId, EngineError)>) -> EngineError {
-    let first = errors.into_iter().min_by_key(|(_, error)| error.severity());
-    first.expect("somebody failed").1
 }

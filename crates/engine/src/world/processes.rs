@@ -1,6 +1,7 @@
 //! Ranks that are processes of this machine. Each has a control connection to the leader beside those to other ranks: over
 //! it come the setup (JSON, once), then commands, and back go replies (postcard, a length before each).
 
+use std::collections::BTreeSet;
 use std::fs::Permissions;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -8,14 +9,14 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use moesaic_plan::Rank as RankId;
 use moesaic_spec::ModelSpec;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::root_cause;
+use super::failures::Failures;
 use super::threads::text_of;
 use crate::EngineError;
 use crate::launch::{Launch, RankSetup, build_process_rank};
@@ -36,7 +37,7 @@ pub type RankProcess<'a> = dyn Fn(RankId, &Path) -> std::io::Result<Child> + 'a;
 enum Answer {
     Ready,
     Reply(Box<StepReply>),
-    Failed { severity: u8, what: String },
+    Failed { severity: u8, awaited: Option<RankId>, what: String },
 }
 
 /// The processes, as the leader holds them.
@@ -136,33 +137,26 @@ impl Processes {
     fn collect(&mut self, deadline: Duration) -> Result<Vec<Answer>, EngineError> {
         let num_ranks = self.streams.len();
         let mut answers: Vec<Option<Answer>> = (0..num_ranks).map(|_| None).collect();
-        let mut errors = Vec::new();
+        let mut failures = Failures::default();
+        let mut silent: BTreeSet<RankId> = (0..num_ranks as u32).map(RankId).collect();
         let mut until = Instant::now() + deadline;
-        while answers.iter().any(Option::is_none) {
-            match self.answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok((rank, Ok(Answer::Failed { severity, what }))) => {
-                    errors.push((rank, EngineError::Remote { severity, what }));
-                    answers[rank.idx()] = Some(Answer::Ready);
+        while !silent.is_empty() && !failures.explain(&silent) {
+            let Ok((rank, answer)) = self.answers.recv_timeout(until.saturating_duration_since(Instant::now())) else {
+                break;
+            };
+            let is_first = silent.remove(&rank);
+            match answer {
+                Ok(Answer::Failed { severity, awaited, what }) => {
+                    until = failures.push(rank, EngineError::Remote { severity, awaited, what }, until);
                 }
-                Ok((rank, Ok(answer))) => answers[rank.idx()] = Some(answer),
+                Ok(answer) => answers[rank.idx()] = Some(answer),
                 // It has said why it ends, or has done its part.
-                Ok((rank, Err(_))) if answers[rank.idx()].is_some() => {}
-                Ok((rank, Err(why))) => {
-                    // A process that is gone explains everything else.
-                    errors.insert(0, (rank, self.lost(rank, &why)));
-                    answers[rank.idx()] = Some(Answer::Ready);
-                }
-                Err(RecvTimeoutError::Timeout) if !errors.is_empty() => break,
-                Err(_) => {
-                    let late = RankId(answers.iter().position(Option::is_none).expect("an answer is missing") as u32);
-                    return Err(EngineError::Stalled { rank: late, seconds: deadline.as_secs_f64() });
-                }
-            }
-            if !errors.is_empty() {
-                until = until.min(Instant::now() + Duration::from_secs(1));
+                Err(_) if !is_first => {}
+                Err(why) => until = failures.push(rank, self.lost(rank, &why), until),
             }
         }
-        if errors.is_empty() { Ok(answers.into_iter().flatten().collect()) } else { Err(root_cause(errors)) }
+        failures.check(&silent, deadline)?;
+        Ok(answers.into_iter().flatten().collect())
     }
 
     /// The first process that has ended.
@@ -254,7 +248,7 @@ pub fn serve_rank(mut link: RankLink, spec: &ModelSpec, weights: &Launch) -> Res
 }
 
 fn failure(error: &EngineError) -> Answer {
-    Answer::Failed { severity: error.severity(), what: error.to_string() }
+    Answer::Failed { severity: error.severity(), awaited: error.awaited(), what: error.to_string() }
 }
 
 fn send<T: Serialize>(stream: &mut UnixStream, value: &T) -> std::io::Result<()> {

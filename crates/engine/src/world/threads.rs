@@ -1,14 +1,15 @@
 //! Ranks that are threads of this process.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use moesaic_device::DeviceError;
 use moesaic_plan::Rank as RankId;
 
-use super::root_cause;
+use super::failures::Failures;
 use crate::wire::{StepCommand, StepReply};
 use crate::{EngineError, Rank};
 
@@ -53,31 +54,23 @@ impl Threads {
             inbox.send(command).map_err(|_| EngineError::Ended { why: format!("rank {rank}'s thread is gone") })?;
         }
         let mut replies: Vec<Option<StepReply>> = (0..num_ranks).map(|_| None).collect();
-        let mut errors = Vec::new();
+        let mut failures = Failures::default();
+        let mut silent: BTreeSet<RankId> = (0..num_ranks as u32).map(RankId).collect();
         let mut until = Instant::now() + self.deadline;
-        for _ in 0..num_ranks {
+        while !silent.is_empty() && !failures.explain(&silent) {
             match self.replies.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok((rank, Ok(reply))) => replies[rank.idx()] = Some(reply),
-                Ok((rank, Err(error))) => {
-                    errors.push((rank, error));
-                    // Whoever waits for the failed rank knows by now; the rest is late for another reason.
-                    until = until.min(Instant::now() + Duration::from_secs(1));
+                Ok((rank, reply)) => {
+                    silent.remove(&rank);
+                    match reply {
+                        Ok(reply) => replies[rank.idx()] = Some(reply),
+                        Err(error) => until = failures.push(rank, error, until),
+                    }
                 }
-                Err(RecvTimeoutError::Timeout) if !errors.is_empty() => {
-                    self.is_late = true;
-                    break;
-                }
-                Err(_) => {
-                    self.is_late = true;
-                    let late = replies.iter().position(Option::is_none).expect("a reply is missing");
-                    let seconds = self.deadline.as_secs_f64();
-                    return Err(EngineError::Stalled { rank: RankId(late as u32), seconds });
-                }
+                Err(_) => break,
             }
         }
-        if !errors.is_empty() {
-            return Err(root_cause(errors));
-        }
+        self.is_late = !silent.is_empty();
+        failures.check(&silent, self.deadline)?;
         Ok(replies.into_iter().map(|reply| reply.expect("every rank has replied")).collect())
     }
 }

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "no test file uses all of it")]
 
+pub(crate) mod children;
 pub(crate) mod moves;
 pub(crate) mod plans;
 pub(crate) mod router;

@@ -1,0 +1,70 @@
+//! What does not fit is refused before anything is taken: by the plan where the cluster is too small, and at the launch
+//! where this machine is.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::plans::{ep, file};
+use moesaic_engine::{EngineConfig, Launch, Ranks, launch_plan};
+use moesaic_model::checkpoint::RandomWeights;
+use moesaic_plan::plan::{MemoryPlan, Mesh};
+use moesaic_plan::{Plan, PlanFile};
+use moesaic_spec::{Bytes, ModelSpec, cluster_preset, preset};
+
+fn model(name: &str) -> ModelSpec {
+    preset(name).unwrap().spec().unwrap()
+}
+
+/// The most memory that this process has ever had, bytes.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().trim().parse::<u64>().unwrap() << 10
+}
+
+fn short(file: PlanFile) -> PlanFile {
+    PlanFile { memory: MemoryPlan { max_model_len: Some(1024), ..MemoryPlan::default() }, ..file }
+}
+
+#[test]
+fn a_plan_that_its_cluster_cannot_hold_is_refused() {
+    let model = model("deepseek-v3");
+    let cluster = cluster_preset("a100-4x4").unwrap();
+    let error = Plan::new(short(ep(8, &model)), &model, &cluster).err().unwrap().to_string();
+    // 32 experts of each of 58 layers on a rank, 44 MB each.
+    assert!(error.starts_with("rank 0 needs "), "{error}");
+    let end = "which more ranks with experts (ep), more stages (pp) or, where experts are cut, a larger tp would make smaller";
+    assert!(error.contains("only 72.00 GiB of its 80.00 GiB may be used") && error.ends_with(end), "{error}");
+}
+
+/// 68 GB of weights, of which none is made: that would take minutes.
+#[test]
+fn a_plan_that_this_machine_cannot_hold_is_refused_before_anything_is_taken() {
+    let model = model("paper-001");
+    let cluster = cluster_preset("dgx-h100-x2").unwrap();
+    let config = EngineConfig {
+        max_model_len: Some(1024),
+        max_num_seqs: 2,
+        max_num_batched_tokens: 64,
+        num_threads: Some(1),
+        memory_limit: Some(Bytes(8 << 30)),
+        ..EngineConfig::default()
+    };
+    let weights = Launch::Random(RandomWeights { seed: 0 });
+    let tp_pp = short(file(Mesh { tp: 8, pp: 2, dp: 1, ep: 1 }, 16));
+    for file in [short(ep(16, &model)), tp_pp] {
+        let plan = Arc::new(Plan::new(file, &model, &cluster).unwrap());
+        let never = |_, _: &std::path::Path| panic!("no process is started");
+        for ranks in [Ranks::Threads, Ranks::Processes(&never)] {
+            let (start, before) = (Instant::now(), peak_memory());
+            let error = launch_plan(&model, &weights, &plan, &config, ranks, |_| panic!("nothing is loaded"));
+            let error = error.err().unwrap().to_string();
+            assert!(error.starts_with("cannot fit: weights ") && error.contains(" + messages "), "{error}");
+            assert!(error.contains("but only 8.00 GiB may be used; any of these would fix it: "), "{error}");
+            assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+            assert!(peak_memory() - before < 200 << 20, "{} MiB were taken", (peak_memory() - before) >> 20);
+        }
+    }
+}
