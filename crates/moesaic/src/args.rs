@@ -78,7 +78,7 @@ pub(crate) struct RankArgs {
 pub(crate) struct CompareArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Plan files to compare; without, the five strategies.
+    /// Plan files to compare; without, the five strategies, as far as model and ranks allow them.
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["strategy", "cluster", "ranks"], help_heading = "Plans")]
     pub plan: Vec<PathBuf>,
     /// Some of the strategies only.
@@ -87,10 +87,10 @@ pub(crate) struct CompareArgs {
     /// Ranks of each strategy.
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Plans")]
     pub ranks: usize,
-    /// Cluster that times are priced for: a preset or a file.
-    #[arg(long, value_name = "CLUSTER", default_value = "a100-4x4", help_heading = "Plans")]
-    pub cluster: String,
-    /// Requests: a preset or a file; without, what the plan names, or chat-small.
+    /// Cluster that times are priced for: a preset or a file [default: a100-4x4, or what the plans name].
+    #[arg(long, value_name = "CLUSTER", help_heading = "Plans")]
+    pub cluster: Option<String>,
+    /// Requests: a preset or a file [default: chat-small, or what the plans name].
     #[arg(long, value_name = "WORKLOAD", help_heading = "Plans")]
     pub workload: Option<String>,
     /// Folder for the report (HTML, Markdown, JSON) and the plan files.
@@ -133,7 +133,7 @@ impl From<StrategyArg> for Strategy {
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
-    moesaic explain moesaic-compare/plans/ep-16.yaml\n  \
+    moesaic explain moesaic-compare/plans/ep16.yaml\n  \
     moesaic explain plan.yaml --model ./model --schedule 3     with the actions of rank 3, in order")]
 pub(crate) struct ExplainArgs {
     /// A plan file.
@@ -340,7 +340,7 @@ impl EngineArgs {
     moesaic generate --prompt \"She had always been\" --max-tokens 60\n  \
     echo \"Dear Sir,\" | moesaic generate ./model\n  \
     moesaic generate ./model --chat --prompt \"What is a mosaic?\"\n  \
-    moesaic generate --plan moesaic-compare/plans/ep-16.yaml      on 16 ranks\n  \
+    moesaic generate --plan moesaic-compare/plans/ep16.yaml    on 16 ranks\n  \
     moesaic generate ./model --prompt-ids 1,2,3 --json --logits logits.safetensors")]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]

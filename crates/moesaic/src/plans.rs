@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use moesaic_plan::eplb::RoutingTrace;
-use moesaic_plan::plan::{InitialPlacement, Mesh, Pool};
+use moesaic_plan::plan::{ExchangePrecision, ExchangeRoute, InitialPlacement, Mesh, Pool};
 use moesaic_plan::{Plan, PlanFile};
 use moesaic_spec::{Cluster, ModelSpec, Workload, cluster_preset, workload_preset};
 
@@ -44,24 +44,37 @@ pub(crate) fn model_of(file: &PlanFile, args: &ModelArgs) -> Result<ModelArgs> {
     Ok(args.clone().with_model((file.model != EMBEDDED).then(|| file.model.clone().into())))
 }
 
-/// A plan's name as that of a file: `TP=8, PP=2` is `tp-8-pp-2`.
-pub(crate) fn slug(name: &str) -> String {
-    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
-    words.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("-")
-}
-
 /// A plan in a few words, for the heads of tables.
 pub(crate) fn describe(file: &PlanFile) -> String {
     let Mesh { tp, pp, dp, ep } = file.mesh;
-    let axis = |name: &str, size: usize| (size > 1).then(|| format!("{name} {size}"));
-    let axes: Vec<String> =
-        [axis("tp", tp), axis("pp", pp), axis("dp", dp), axis("ep", ep)].into_iter().flatten().collect();
-    let pool = if file.moe.pool == Pool::Separate { ", experts on ranks of their own" } else { "" };
-    let micro_batches = match file.micro_batches {
-        1 => String::new(),
-        n => format!(", {n} micro-batches"),
+    let axes: Vec<String> = [("tp", tp), ("pp", pp), ("dp", dp)]
+        .into_iter()
+        .filter(|&(_, size)| size > 1)
+        .map(|(name, size)| format!("{name} {size}"))
+        .collect();
+    let axes = if axes.is_empty() { "attention on one rank".to_string() } else { axes.join(" × ") };
+    let experts = match (file.moe.pool, ep) {
+        (Pool::Separate, _) => format!("experts on {ep} more"),
+        (Pool::Shared, 1) => String::new(),
+        (Pool::Shared, _) => format!("experts over {ep}"),
     };
-    format!("{}{pool}{micro_batches}", axes.join(" × "))
+    let replicas = file.moe.redundant_experts;
+    let precision = match file.exchange.precision {
+        ExchangePrecision::Full => "",
+        ExchangePrecision::Int8 => "INT8 exchange",
+        ExchangePrecision::Fp8 => "FP8 exchange",
+    };
+    let said = [
+        axes,
+        experts,
+        if replicas > 0 { format!("{replicas} replicas") } else { String::new() },
+        if file.micro_batches > 1 { format!("{} micro-batches", file.micro_batches) } else { String::new() },
+        precision.to_string(),
+        if file.exchange.route == ExchangeRoute::TwoLevel { "two levels".to_string() } else { String::new() },
+        if file.balance.is_some() { "balanced".to_string() } else { String::new() },
+        if file.synchronize.is_some() { "synchronized".to_string() } else { String::new() },
+    ];
+    said.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
 /// A plan whose experts are placed, by a routing trace if the file asks for one.
@@ -102,6 +115,7 @@ fn is_file(name: &str) -> bool {
 
 fn text(path: &Path) -> Result<String> {
     let metadata = fs::metadata(path).with_context(|| path.display().to_string())?;
+    ensure!(!metadata.is_dir(), "{}: is a folder; a YAML file is right", path.display());
     ensure!(
         metadata.is_file() && metadata.len() <= MAX_BYTES,
         "{}: is not a file of at most {MAX_BYTES} bytes",

@@ -69,7 +69,7 @@ fn compare(cluster: &Cluster) -> Result<Comparison, PlannerError> {
     };
     let mut comparison = Comparison::new(model, ClusterFacts::of(cluster), workload);
     comparison.notes.push("The numbers of this page come from a made-up model; only the clock is real.".to_owned());
-    let exact = Sameness { tokens: 32_768, ..Sameness::default() };
+    let exact = Sameness { answers: 64, tokens: 32_768, ..Sameness::default() };
     let summed = Sameness { max_logprob_difference: 3.1e-6, ..exact };
     let ways: [(&str, &str, Script, Sameness); 5] = [
         ("TP=8", "two replicas of eight ranks that share every matrix", tensor(8, 1), summed),
@@ -100,7 +100,13 @@ fn compare(cluster: &Cluster) -> Result<Comparison, PlannerError> {
         seconds: 0.151,
     });
     separated.exchange_error = Some(ExchangeError { precision: "int8".to_owned(), relative: 0.0061 });
-    separated.sameness = Some(Sameness { tokens: 32_768, differing_tokens: 211, max_logprob_difference: 0.084 });
+    separated.sameness = Some(Sameness {
+        differing_answers: 2,
+        differing_tokens: 211,
+        max_logprob_difference: 0.084,
+        widest_tie: Some(0.031),
+        ..exact
+    });
     separated.synchronizer =
         Some(SynchronizerReport { mlp_error: Some(0.031), linear_error: 0.058, choices: 12, mlp_used: true });
     separated.notes.push("8-bit exchange moves logits; without it tokens are those of one rank.".to_owned());

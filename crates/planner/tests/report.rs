@@ -28,7 +28,14 @@ fn strategy(name: &str, baseline: bool, (tpot, tps): (f64, f64)) -> StrategyRepo
     report.communication.links = vec![link];
     let parts = vec![("weights".to_owned(), 30 << 30), ("KV cache".to_owned(), 10 << 30)];
     report.memory = vec![RankMemory { parts, available: 80 << 30 }; 16];
-    report.sameness = Some(Sameness { tokens: 4096, differing_tokens: 3, max_logprob_difference: 0.02 });
+    report.sameness = Some(Sameness {
+        answers: 4,
+        differing_answers: 1,
+        tokens: 4096,
+        differing_tokens: 3,
+        max_logprob_difference: 0.02,
+        widest_tie: Some(0.0123),
+    });
     report
 }
 
@@ -96,8 +103,12 @@ fn an_improvement_that_is_none_is_called_worse() {
     comparison.strategies[3].performance.tpot_ms.mean = 5.52;
     comparison.strategies[3].performance.tps_per_gpu = 4348.0;
     let markdown = comparison.to_markdown();
-    assert!(markdown.contains("| TPOT (ms) | 2.84 | 3.12 | **2.76** | 5.52 | worse 100 % |"), "{markdown}");
-    assert!(markdown.contains("| TPS per GPU | 8,450 | 7,692 | **8,696** | 4,348 | worse 50 % |"), "{markdown}");
+    assert!(markdown.contains("| TPOT (ms) | 2.84 | 3.12 | **2.76** | 5.52 | 100 % worse |"), "{markdown}");
+    assert!(markdown.contains("| TPS per GPU | 8,450 | 7,692 | **8,696** | 4,348 | 50 % worse |"), "{markdown}");
+    // A factor stays narrow enough for a terminal.
+    comparison.strategies[3].performance.tpot_ms.mean = 55.2;
+    let text = comparison.to_text();
+    assert!(text.lines().any(|line| line.starts_with("TPOT (ms)") && line.ends_with(" 20.0× worse")), "{text}");
     // Nothing to improve upon.
     comparison.strategies.truncate(3);
     assert!(!comparison.to_markdown().contains("| Improvement |"));
@@ -111,9 +122,13 @@ fn whether_tokens_are_those_of_one_rank_is_said_as_it_is() {
         Some(Sameness { tokens: 4096, max_logprob_difference: 1.2e-6, ..Sameness::default() });
     comparison.strategies[2].sameness = None;
     let markdown = comparison.to_markdown();
-    assert!(markdown.contains("| same as one rank | yes, every bit | yes, tokens | not compared | no |"), "{markdown}");
+    assert!(
+        markdown.contains("| answers as one rank | every bit | every token | not compared | 3 of 4 |"),
+        "{markdown}"
+    );
     assert!(markdown.contains("| tokens that differ | 0 of 4,096 | 0 of 4,096 | – | 3 of 4,096 |"), "{markdown}");
-    assert!(markdown.contains("| largest logit diff | 0 | 1.2e-6 | – | 0.0200 |"), "{markdown}");
+    assert!(markdown.contains("| largest log-prob diff | 0 | 1.2e-6 | – | 0.0200 |"), "{markdown}");
+    assert!(markdown.contains("| answers part at ties of | – | – | – | 0.0123 |"), "{markdown}");
     assert!(comparison.to_html().contains("<strong>2 of 3</strong><span>1 of them to the last bit</span>"));
 }
 

@@ -3,7 +3,7 @@
 use std::io::{Write, stdout};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 use moesaic_plan::{Rank, explain};
 
 use crate::args::ExplainArgs;
@@ -16,19 +16,25 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<()> {
         Some(model) => named_spec(Some(model))?.1,
         None => plans::spec_of(&file).with_context(|| args.plan.display().to_string())?,
     };
-    let cluster = plans::cluster(&file.cluster)?;
+    let cluster = plans::cluster(&file.cluster).with_context(|| args.plan.display().to_string())?;
     let plan = plans::resolve(file, &spec, &cluster).with_context(|| args.plan.display().to_string())?;
+    let last = plan.world_size() - 1;
+    if let Some(rank) = args.schedule.iter().find(|&&rank| rank as usize > last) {
+        bail!("--schedule is {rank}; ranks 0 to {last} are right");
+    }
     write!(stdout(), "{}", explain(&plan, &spec))?;
     for &rank in &args.schedule {
-        let last = plan.world_size() - 1;
-        ensure!((rank as usize) <= last, "--schedule is {rank}; ranks 0 to {last} are right");
         write!(stdout(), "\n{}", plan.schedule(&spec, Rank(rank), plan.file.micro_batches))?;
     }
     Ok(())
 }
 
 pub(crate) fn diff(a: &Path, b: &Path) -> Result<()> {
-    for line in moesaic_plan::diff(&plans::read(a)?, &plans::read(b)?) {
+    let differences = moesaic_plan::diff(&plans::read(a)?, &plans::read(b)?);
+    if differences.is_empty() {
+        writeln!(stdout(), "the plans say the same")?;
+    }
+    for line in differences {
         writeln!(stdout(), "{line}")?;
     }
     Ok(())

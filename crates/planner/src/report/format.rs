@@ -37,7 +37,10 @@ pub(crate) fn percent(share: f64) -> String {
     let percent = 100.0 * share;
     match percent.abs() {
         0.0 => "0".to_owned(),
-        size if size < 0.05 => "<0.1".to_owned(),
+        size if size < 0.001 => format!("{percent:.1e}"),
+        // Two digits that count: the memory of a large GPU that a small model uses, say.
+        size if size < 0.05 => format!("{percent:.*}", if size < 0.01 { 4 } else { 3 }),
+        size if size >= 99.95 => thousands(percent),
         _ if percent.fract() == 0.0 => format!("{percent:.0}"),
         _ => format!("{percent:.1}"),
     }
@@ -109,7 +112,8 @@ mod tests {
             assert_eq!(number(value), text);
         }
         assert_eq!([0, 24, 32_768].map(integer), ["0", "24", "32,768"]);
-        assert_eq!([0.0, 0.0001, 0.5, 0.684, 1.0].map(percent), ["0", "<0.1", "50", "68.4", "100"]);
+        assert_eq!([0.0, 2e-6, 5.2e-5, 0.00012, 0.0006].map(percent), ["0", "2.0e-4", "0.0052", "0.012", "0.1"]);
+        assert_eq!([0.5, 0.684, 1.0, 3.065].map(percent), ["50", "68.4", "100", "306"]);
         assert_eq!([46.7e9, 1.2e12, 950.0].map(count), ["46.7 B", "1.20 T", "950"]);
         assert_eq!([25e9, 3.35e12].map(rate), ["25.0 GB/s", "3.35 TB/s"]);
         assert_eq!([2.5, 0.0025, 2.5e-6].map(seconds), ["2.50 s", "2.50 ms", "2.50 µs"]);

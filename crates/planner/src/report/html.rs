@@ -115,7 +115,7 @@ fn table_html(table: &Table) -> String {
         for (idx, cell) in cells.iter().enumerate() {
             let class = match cell.as_str() {
                 _ if *best == Some(idx) => " class=\"best\"",
-                text if text.starts_with("worse ") => " class=\"worse\"",
+                text if text.ends_with(" worse") => " class=\"worse\"",
                 _ => "",
             };
             let _ = write!(html, "<td{class}>{}</td>", escape(cell));

@@ -78,12 +78,19 @@ pub struct StrategyReport {
 /// Results held against those of one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sameness {
+    /// Answers that were compared.
+    pub answers: u64,
+    /// Those that have another token somewhere.
+    pub differing_answers: u64,
     /// Tokens that were compared.
     pub tokens: u64,
     /// Those that differ.
     pub differing_tokens: u64,
-    /// Greatest absolute difference of a logit, over the tokens before each request's first difference.
+    /// Greatest absolute difference of a token's log-probability, over the tokens before each answer's first difference.
     pub max_logprob_difference: f64,
+    /// Where an answer's first difference is, one rank was nearly undecided: the greatest distance there of the
+    /// log-probabilities of its two likeliest tokens. Absent where no answer differs.
+    pub widest_tie: Option<f64>,
 }
 
 impl Sameness {
@@ -129,6 +136,28 @@ pub struct SynchronizerReport {
     pub choices: u64,
     /// The MLP was the better one at last, and used.
     pub mlp_used: bool,
+}
+
+impl StrategyReport {
+    /// What of the answers is as on one rank, in a word or two.
+    pub(crate) fn verdict(&self) -> String {
+        match &self.sameness {
+            None => "not compared".to_owned(),
+            Some(same) if same.bit_identical() => "every bit".to_owned(),
+            Some(same) if same.differing_tokens == 0 => "every token".to_owned(),
+            Some(same) => format!("{} of {}", same.answers - same.differing_answers, same.answers),
+        }
+    }
+
+    /// What was verified and how fast it is, for a line of progress.
+    pub fn summary(&self) -> String {
+        let verdict = match &self.sameness {
+            None => self.verdict(),
+            Some(same) if same.differing_tokens == 0 => format!("{} as one rank", self.verdict()),
+            Some(_) => format!("{} answers as one rank", self.verdict()),
+        };
+        format!("{verdict:<28}  TPOT {} ms", format::number(self.performance.tpot_ms.mean))
+    }
 }
 
 impl Comparison {

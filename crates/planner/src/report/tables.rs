@@ -136,11 +136,15 @@ fn improvement(comparison: &Comparison, metric: &Metric) -> String {
     let change = other / baseline - 1.0;
     let arrow = if change < 0.0 { "↓" } else { "↑" };
     let worse = (change > 0.0) == (metric.better == Better::Lower);
-    let size = format::percent(change.abs());
+    // Beyond ten times, a factor is what is read; it stays narrow, too.
+    let size = match change.abs() {
+        size if size < 10.0 => format!("{} %", format::percent(size)),
+        _ => format!("{}×", format::number(other / baseline)),
+    };
     match change {
         0.0 => "0 %".to_owned(),
-        _ if worse => format!("worse {size} %"),
-        _ => format!("{size} % {arrow}"),
+        _ if worse => format!("{size} worse"),
+        _ => format!("{size} {arrow}"),
     }
 }
 
@@ -304,7 +308,7 @@ pub(crate) fn part_names(comparison: &Comparison) -> Vec<String> {
 pub(crate) fn results(comparison: &Comparison) -> Table {
     let strategies = &comparison.strategies;
     let mut rows = vec![
-        Row::new("same as one rank", strategies.iter().map(|strategy| verdict(strategy.sameness.as_ref()))),
+        Row::new("answers as one rank", strategies.iter().map(|strategy| strategy.verdict())),
         Row::new(
             "tokens that differ",
             strategies.iter().map(|strategy| {
@@ -316,12 +320,18 @@ pub(crate) fn results(comparison: &Comparison) -> Table {
             }),
         ),
         Row::new(
-            "largest logit diff",
+            "largest log-prob diff",
             strategies.iter().map(|strategy| {
                 strategy.sameness.map_or(NOTHING.to_owned(), |same| format::number(same.max_logprob_difference))
             }),
         ),
     ];
+    if strategies.iter().any(|strategy| strategy.sameness.is_some_and(|same| same.widest_tie.is_some())) {
+        let cell = |strategy: &StrategyReport| {
+            strategy.sameness.and_then(|same| same.widest_tie).map_or(NOTHING.to_owned(), format::number)
+        };
+        rows.push(Row::new("answers part at ties of", strategies.iter().map(cell)));
+    }
     if strategies.iter().any(|strategy| strategy.exchange_error.is_some()) {
         let cell = |strategy: &StrategyReport| {
             let error = strategy.exchange_error.as_ref();
@@ -331,19 +341,10 @@ pub(crate) fn results(comparison: &Comparison) -> Table {
         };
         rows.push(Row::new("8-bit exchange, error", strategies.iter().map(cell)));
     }
-    let about = "Tokens and logits held against a run of the same requests on one rank.";
+    let about = "Held against a run of the same requests on one rank. An answer goes its own way from its first other token on, so \
+                 log-probabilities are compared up to there. Where sums over heads or widths run in another order, that token was \
+                 nearly tied: the last row is how far apart one rank saw its two likeliest tokens at most.";
     Table { title: "Sameness", about, heads: names(comparison), rows }
-}
-
-/// In a word or two.
-pub(crate) fn verdict(same: Option<&Sameness>) -> String {
-    match same {
-        None => "not compared",
-        Some(same) if same.bit_identical() => "yes, every bit",
-        Some(same) if same.differing_tokens == 0 => "yes, tokens",
-        Some(_) => "no",
-    }
-    .to_owned()
 }
 
 /// Load of experts; the same for all strategies unless their tokens differ.

@@ -6,7 +6,9 @@ use tables::Table;
 const COLUMNS: usize = 100;
 /// Narrowest column of a strategy that still shows its numbers.
 const NARROWEST: usize = 13;
+/// Width of the names of rows, where columns leave no more.
 const NAMES: usize = 22;
+const LONGEST_NAMES: usize = 32;
 
 pub(crate) fn render(comparison: &Comparison) -> String {
     let mut text = wrap(&comparison.title(), "", "");
@@ -27,12 +29,14 @@ pub(crate) fn render(comparison: &Comparison) -> String {
 fn render_table(table: &Table) -> String {
     let count = table.heads.len().max(1);
     let at_a_time = ((COLUMNS - NAMES) / NARROWEST).min(count);
-    let width = ((COLUMNS - NAMES) / at_a_time).min(16);
+    let longest = table.rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0);
+    let names = (longest + 1).clamp(NAMES, LONGEST_NAMES).min(COLUMNS - at_a_time * NARROWEST);
+    let width = ((COLUMNS - names) / at_a_time).min(16);
     let mut text = format!("\n{}\n", table.title.to_uppercase());
     for first in (0..count).step_by(at_a_time) {
         let columns = first..(first + at_a_time).min(count);
         let line = |name: &str, cells: &[String]| {
-            let mut line = format!("{:<NAMES$}", shorten(name, NAMES));
+            let mut line = format!("{:<names$}", shorten(name, names));
             for cell in cells.get(columns.clone()).unwrap_or_default() {
                 line += &format!("{:>width$}", shorten(cell, width - 1));
             }

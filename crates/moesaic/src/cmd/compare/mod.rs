@@ -1,40 +1,25 @@
 //! `moesaic compare`: the same model under several plans, on local ranks, side by side.
 
+mod candidates;
+mod files;
+mod priced;
 mod prompts;
 mod run;
 
-use std::fs;
-use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::io::{Write, stderr, stdout};
 
-use anyhow::{Context, Result, ensure};
-use moesaic_plan::{PlanFile, Setting, Strategy};
+use anyhow::{Context, Result};
 use moesaic_planner::report::{ClusterFacts, Comparison, ModelFacts, WorkloadFacts};
-use moesaic_spec::Workload;
 
-use self::run::{Reference, Run};
+use self::candidates::Candidates;
+use self::files::Files;
+use self::run::Run;
 use crate::args::CompareArgs;
-use crate::folder::OpenModel;
-use crate::plans;
-
-/// What is asked when nothing is said.
-const DEFAULT_WORKLOAD: &str = "chat-small";
 
 pub(crate) fn run(args: &CompareArgs) -> Result<()> {
-    let given = args.plan.iter().map(|path| plans::read(path)).collect::<Result<Vec<PlanFile>>>()?;
-    let first = given.first();
-    let model_args = first.map_or(Ok(args.model.clone()), |file| plans::model_of(file, &args.model))?;
-    let model = OpenModel::open(&model_args)?;
-    let model_name = plans::model_name(&model_args);
-    let workload_name = args.workload.as_deref().or(first.map(|file| file.workload.as_str()));
-    let workload_name = workload_name.unwrap_or(DEFAULT_WORKLOAD);
-    let workload = plans::workload(workload_name)?;
-    let cluster = plans::cluster(first.map_or(&args.cluster, |file| &file.cluster))?;
-    let files = match given.is_empty() {
-        true => strategies(args, &model, &model_name, (workload_name, &workload))?,
-        false => given,
-    };
-    check_alike(args, &files, &model_name)?;
+    // All that may be wrong is found before anything runs.
+    let Candidates { model, cluster, workload, plans, notes } = Candidates::of(args)?;
+    let files = Files::new(args, &plans)?;
     let requests = prompts::requests(&model, &workload)?;
     let run = Run { args, model: &model, cluster: &cluster, workload: &workload, requests: &requests };
 
@@ -43,101 +28,55 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
         ClusterFacts::of(&cluster),
         WorkloadFacts::of(&workload),
     );
-    if !args.quiet {
-        eprintln!("{:<11} {:>4} rank   {} requests, for reference", "one", 1, requests.len());
-    }
-    let reference: Reference = run.reference()?;
-    for file in &files {
-        let report = run.plan(file, &reference).with_context(|| format!("plan {}", file.name))?;
-        if !args.quiet {
-            let sameness = match report.sameness {
-                Some(sameness) if sameness.bit_identical() => "every bit as one rank".to_string(),
-                Some(sameness) => {
-                    format!("{} of {} tokens as one rank", sameness.tokens - sameness.differing_tokens, sameness.tokens)
-                }
-                None => String::new(),
-            };
-            let tpot = report.performance.tpot_ms.mean;
-            eprintln!("{:<11} {:>4} ranks  TPOT {tpot:.3} ms  {sameness}", file.name, file.ranks);
-        }
+    let names = plans.iter().map(|plan| plan.file.name.chars().count()).max().unwrap_or(0).max("one rank".len());
+    let head = |name: &str, ranks: usize| match ranks {
+        1 => format!("{name:<names$}    1 rank   "),
+        _ => format!("{name:<names$}  {ranks:>3} ranks  "),
+    };
+    let told = |_: &_| format!("{} requests, for reference", requests.len());
+    let reference = progress(args, &head("one rank", 1), || run.reference(), told)?;
+    for (idx, plan) in plans.iter().enumerate() {
+        let traced = || run.plan(plan, &reference, files.trace(idx)?);
+        let report = progress(args, &head(&plan.file.name, plan.world_size()), traced, |report| report.summary())
+            .with_context(|| format!("plan {}", plan.file.name))?;
         comparison.strategies.push(report);
     }
+    comparison.notes = notes;
     comparison.notes.push(
         "Latency of a small model is mostly launches and message latency, which no bandwidth shortens: a larger model shifts \
          the balance between strategies."
             .into(),
     );
+    let differs = |report: &moesaic_planner::report::StrategyReport| {
+        report.sameness.is_some_and(|same| same.differing_tokens > 0) && report.exchange_error.is_none()
+    };
+    if run.dtype() != moesaic_spec::DType::F32 && comparison.strategies.iter().any(differs) {
+        comparison.notes.push(
+            "Where heads or widths are cut, a sum is added up in another order. In BF16 that lets nearly tied tokens fall the other \
+             way; --dtype float32 leaves almost no such ties."
+                .into(),
+        );
+    }
     writeln!(stdout(), "{}", comparison.to_text())?;
-    write_files(args, &comparison, &files, &reference)
+    files.write(&comparison, &plans, reference.trace.as_ref())
 }
 
-/// The strategies that were asked for, as plans.
-fn strategies(
+/// A line of progress that begins before something is done and ends with what came of it.
+fn progress<T>(
     args: &CompareArgs,
-    model: &OpenModel,
-    model_name: &str,
-    (workload_name, workload): (&str, &Workload),
-) -> Result<Vec<PlanFile>> {
-    let wanted: Vec<Strategy> = match args.strategy.is_empty() {
-        true => Strategy::ALL.to_vec(),
-        false => args.strategy.iter().map(|&strategy| strategy.into()).collect(),
-    };
-    let setting = Setting {
-        model_name,
-        model: &model.spec,
-        cluster_name: &args.cluster,
-        workload_name,
-        workload,
-        ranks: args.ranks,
-    };
-    wanted.into_iter().map(|strategy| Ok(PlanFile::preset(strategy, &setting)?)).collect()
-}
-
-/// Plans are compared on one model and one cluster.
-fn check_alike(args: &CompareArgs, files: &[PlanFile], model_name: &str) -> Result<()> {
-    for (file, path) in files.iter().zip(&args.plan) {
-        ensure!(
-            file.model == model_name,
-            "{}: the plan is for model {}, but {model_name} is compared; name the plan's model, or change `model`",
-            path.display(),
-            file.model
-        );
-        ensure!(
-            file.cluster == files[0].cluster,
-            "{}: cluster is {}, but {} is for {}; plans are compared on one cluster",
-            path.display(),
-            file.cluster,
-            args.plan[0].display(),
-            files[0].cluster
-        );
+    head: &str,
+    work: impl FnOnce() -> Result<T>,
+    tail: impl FnOnce(&T) -> String,
+) -> Result<T> {
+    if args.quiet {
+        return work();
     }
-    Ok(())
-}
-
-fn write_files(args: &CompareArgs, comparison: &Comparison, files: &[PlanFile], reference: &Reference) -> Result<()> {
-    let folder = &args.output;
-    let write = |name: &str, text: &str| -> Result<PathBuf> {
-        let path = folder.join(name);
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).with_context(|| parent.display().to_string())?;
-        }
-        fs::write(&path, text).with_context(|| path.display().to_string())?;
-        Ok(path)
-    };
-    let page = write("report.html", &comparison.to_html())?;
-    write("report.md", &comparison.to_markdown())?;
-    write("report.json", &comparison.to_json())?;
-    if let Some(trace) = &reference.trace {
-        write("routing-trace.json", &trace.to_json())?;
+    eprint!("{head}");
+    stderr().flush()?;
+    let result = work();
+    match &result {
+        Ok(done) => eprintln!("{}", tail(done)),
+        Err(_) => eprintln!(),
     }
-    for file in files {
-        write(&format!("plans/{}.yaml", plans::slug(&file.name)), &file.to_yaml())?;
-    }
-    if !args.quiet {
-        eprintln!("written   {} (beside it report.md, report.json, plans/ and routing-trace.json)", page.display());
-        if let Some(trace) = &args.trace {
-            eprintln!("          {}", trace.display());
-        }
-    }
-    Ok(())
+    result
 }

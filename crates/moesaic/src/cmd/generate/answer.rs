@@ -86,6 +86,8 @@ impl Answer {
 /// Times of one run.
 pub(super) struct Summary {
     start: Instant,
+    /// This process has no rank but only leads them.
+    leads: bool,
     num_prompts: usize,
     prompt_tokens: usize,
     generated_tokens: usize,
@@ -95,9 +97,10 @@ pub(super) struct Summary {
 }
 
 impl Summary {
-    pub(super) fn start(prompts: &[Vec<u32>]) -> Summary {
+    pub(super) fn start(prompts: &[Vec<u32>], leads: bool) -> Summary {
         Summary {
             start: Instant::now(),
+            leads,
             num_prompts: prompts.len(),
             prompt_tokens: prompts.iter().map(Vec::len).sum(),
             generated_tokens: 0,
@@ -137,7 +140,7 @@ impl fmt::Display for Summary {
             write!(f, " | {:.1} tokens/s", self.generated_tokens as f64 / total)?;
         }
         if let Some(peak) = machine::peak_memory() {
-            write!(f, " | peak memory {peak}")?;
+            write!(f, " | peak memory {}{peak}", if self.leads { "of the leader " } else { "" })?;
         }
         Ok(())
     }

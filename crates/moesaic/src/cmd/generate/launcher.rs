@@ -37,12 +37,26 @@ impl<'a> Launcher<'a> {
         let plan = match file {
             None => Plan::single(&model.spec),
             Some(file) => {
-                let cluster = plans::cluster(&file.cluster)?;
                 let path = args.plan.as_deref().unwrap_or(Path::new("plan"));
+                let cluster = plans::cluster(&file.cluster).with_context(|| path.display().to_string())?;
                 plans::resolve(file, &model.spec, &cluster).with_context(|| path.display().to_string())?
             }
         };
         Ok(Launcher { args, model, model_args, plan: Arc::new(plan) })
+    }
+
+    /// A line on how the model is spread; none for one rank without a plan.
+    pub(super) fn line(&self) -> String {
+        if self.args.plan.is_none() {
+            return String::new();
+        }
+        let ranks = match (self.plan.world_size(), self.args.communicator) {
+            (1, _) => "1 rank".to_string(),
+            (ranks, CommunicatorArg::InProcess) => format!("{ranks} ranks, threads of this process"),
+            (ranks, CommunicatorArg::Process) => format!("{ranks} ranks, a process each"),
+        };
+        let file = &self.plan.file;
+        format!("plan      {} ({}): {ranks}\n", file.name, plans::describe(file))
     }
 
     pub(super) fn launch(&self, config: EngineConfig) -> Result<Engine> {

@@ -13,7 +13,8 @@ use moesaic_text::{ChatMessage, ChatRequest, Tokenizer};
 
 use self::answer::{Answer, Summary};
 use self::launcher::Launcher;
-use crate::args::{GenerateArgs, SamplingArgs};
+use crate::args::{CommunicatorArg, GenerateArgs, SamplingArgs};
+use crate::cmd::adapted;
 use crate::folder::OpenModel;
 use crate::plans;
 
@@ -56,7 +57,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     ensure!(args.logits.is_none() || prompts.len() == 1, "--logits is for one prompt; {} were given", prompts.len());
     let mut engine = launcher.launch(config)?;
     if !args.quiet {
-        eprintln!("model     {}\n{}", model.name, engine.ledger());
+        eprintln!("model     {}\n{}{}", model.name, launcher.line(), engine.ledger());
         if texts.first().is_some_and(|text| text == DEFAULT_PROMPT) {
             eprintln!("prompt    {DEFAULT_PROMPT}");
         }
@@ -135,7 +136,7 @@ fn chat(args: &GenerateArgs, model: &OpenModel, launcher: &Launcher) -> Result<(
     config.max_num_seqs = 1;
     let mut engine = launcher.launch(config)?;
     if !args.quiet {
-        eprintln!("model     {}\n{}\n\nEnd with Ctrl-D.", model.name, engine.ledger());
+        eprintln!("model     {}\n{}{}\n\nEnd with Ctrl-D.", model.name, launcher.line(), engine.ledger());
     }
     let mut messages = system_message(args);
     loop {
@@ -173,7 +174,7 @@ impl Session<'_> {
         if !sampling.ignore_eos {
             stop_token_ids.extend(&self.model.generation.eos_token_ids);
         }
-        let mut summary = Summary::start(prompts);
+        let mut summary = Summary::start(prompts, self.args.communicator == CommunicatorArg::Process);
         let mut answers = Vec::new();
         for prompt in prompts {
             let id = self.engine.add(Request {
@@ -204,6 +205,7 @@ impl Session<'_> {
         }
         if !self.args.quiet {
             eprintln!("\n{summary}");
+            adapted::sentences(self.engine.adaptation()).iter().for_each(|sentence| eprintln!("{sentence}"));
         }
         Ok(answers)
     }
