@@ -3,8 +3,6 @@
 //! One thread receives, any thread delivers. Whoever waits for a set of messages is woken once, by the delivery that
 //! completes the set.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -21,7 +19,8 @@ pub(crate) struct Mailbox {
 }
 
 struct State {
-    slots: HashMap<(Rank, Tag), Slot>,
+    /// By sender. Ranks are in step, so a sender has few messages here at a time, and a search is faster than a hash.
+    slots: Vec<Vec<Slot>>,
     /// By peer: why it ended.
     ended: Vec<Option<String>>,
     /// Why this rank takes nothing more.
@@ -34,6 +33,7 @@ struct State {
 }
 
 struct Slot {
+    tag: Tag,
     /// What came first; an error if there was no memory for it.
     content: Result<Message, DeviceError>,
     num_copies: usize,
@@ -43,7 +43,7 @@ impl Mailbox {
     /// Empty.
     pub(crate) fn new(rank: Rank, world_size: usize) -> Mailbox {
         let state = State {
-            slots: HashMap::new(),
+            slots: (0..world_size).map(|_| Vec::new()).collect(),
             ended: vec![None; world_size],
             closed: None,
             waits_for: None,
@@ -87,7 +87,7 @@ impl Mailbox {
     pub(crate) fn close(&self, why: &str) {
         let mut state = self.lock();
         state.closed.get_or_insert_with(|| why.to_owned());
-        let slots = std::mem::take(&mut state.slots);
+        let slots: Vec<Vec<Slot>> = state.slots.iter_mut().map(std::mem::take).collect();
         drop(state);
         // Memory of the messages goes back to its arenas while nobody waits for this lock.
         drop(slots);
@@ -120,14 +120,15 @@ impl Mailbox {
     /// A message if it is there.
     pub(crate) fn try_receive(&self, from: Rank, tag: Tag) -> Result<Option<Message>, CommError> {
         let mut state = self.lock();
-        if state.slots.contains_key(&(from, tag)) {
+        if state.place_of(from, tag).is_some() {
             return self.take(&mut state, from, tag).map(Some);
         }
         if state.ended[from.idx()].is_some() { Err(self.peer_ended(&state, from, tag)) } else { Ok(None) }
     }
 
     fn take(&self, state: &mut State, from: Rank, tag: Tag) -> Result<Message, CommError> {
-        let slot = state.slots.remove(&(from, tag)).expect("a message that is not missing is there");
+        let place = state.place_of(from, tag).expect("a message that is not missing is there");
+        let slot = state.slots[from.idx()].swap_remove(place);
         if slot.num_copies > 1 {
             let (got, expected) = (format!("{} copies", slot.num_copies), "1".to_owned());
             return Err(CommError::Malformed { rank: self.rank, peer: from, tag, got, expected });
@@ -148,13 +149,16 @@ impl Mailbox {
 const NO_PANIC: &str = "no code panics while it holds a mailbox";
 
 impl State {
+    /// Where a message is among those of its sender.
+    fn place_of(&self, from: Rank, tag: Tag) -> Option<usize> {
+        self.slots[from.idx()].iter().position(|slot| slot.tag == tag)
+    }
+
     /// Whether this delivery completes what the receiver waits for.
     fn insert(&mut self, from: Rank, tag: Tag, content: Result<Message, DeviceError>) -> bool {
-        match self.slots.entry((from, tag)) {
-            Entry::Occupied(mut slot) => slot.get_mut().num_copies += 1,
-            Entry::Vacant(slot) => {
-                slot.insert(Slot { content, num_copies: 1 });
-            }
+        match self.place_of(from, tag) {
+            Some(place) => self.slots[from.idx()][place].num_copies += 1,
+            None => self.slots[from.idx()].push(Slot { tag, content, num_copies: 1 }),
         }
         if self.waits_for != Some(tag) || !std::mem::take(&mut self.missing[from.idx()]) {
             return false;
@@ -166,7 +170,7 @@ impl State {
     fn begin_wait(&mut self, from: &[Rank], tag: Tag) {
         self.waits_for = Some(tag);
         for &peer in from {
-            if !self.slots.contains_key(&(peer, tag)) {
+            if self.place_of(peer, tag).is_none() {
                 self.missing[peer.idx()] = true;
                 self.num_missing += 1;
             }

@@ -41,7 +41,7 @@ pub use memory::{FileMap, HostMemory};
 pub use op_log::{Amount, OpCall, Peer, Stream};
 pub use pool::{Pool, Task};
 pub use shared::{Counters, SharedMap};
-pub use tensor::Tensor;
+pub use tensor::{MAX_DIMS, Tensor};
 pub use time::{process_time, thread_time};
 
 use moesaic_spec::Bytes;

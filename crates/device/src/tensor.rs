@@ -5,28 +5,35 @@ use moesaic_spec::DType;
 
 use crate::{Arena, DeviceError, Region};
 
+/// Dims of a tensor at most: they are kept in the tensor, because a step makes thousands of small ones.
+pub const MAX_DIMS: usize = 6;
+
 /// A dense row-major tensor that owns its memory. On `Meta` it has a shape and no data.
 pub struct Tensor {
-    dims: Vec<usize>,
+    dims: [usize; MAX_DIMS],
+    num_dims: usize,
     dtype: DType,
     region: Region,
 }
 
 impl Tensor {
-    /// Takes memory for `dims` from `arena`; the content is whatever was there.
+    /// Takes memory for `dims` (at most [`MAX_DIMS`]) from `arena`; the content is whatever was there.
     pub fn empty(arena: &Arena, dims: &[usize], dtype: DType) -> Result<Tensor, DeviceError> {
+        assert!(dims.len() <= MAX_DIMS, "a tensor of {} dims, at most {MAX_DIMS}", dims.len());
         let bytes = dims.iter().try_fold(dtype.size_bytes(), |n, &d| n.checked_mul(d)).unwrap_or(usize::MAX);
-        Ok(Tensor { dims: dims.to_vec(), dtype, region: arena.alloc(bytes)? })
+        let mut padded = [0; MAX_DIMS];
+        padded[..dims.len()].copy_from_slice(dims);
+        Ok(Tensor { dims: padded, num_dims: dims.len(), dtype, region: arena.alloc(bytes)? })
     }
 
     /// Sizes, outermost first.
     pub fn dims(&self) -> &[usize] {
-        &self.dims
+        &self.dims[..self.num_dims]
     }
 
     /// Rows and columns of a matrix. Panics on another rank.
     pub fn dims2(&self) -> (usize, usize) {
-        let &[rows, cols] = self.dims() else { panic!("a matrix was expected, this tensor is {:?}", self.dims) };
+        let &[rows, cols] = self.dims() else { panic!("a matrix was expected, this tensor is {:?}", self.dims()) };
         (rows, cols)
     }
 
@@ -37,7 +44,7 @@ impl Tensor {
 
     /// Number of elements.
     pub fn num_elements(&self) -> usize {
-        self.dims.iter().product()
+        self.dims().iter().product()
     }
 
     /// Size in bytes.

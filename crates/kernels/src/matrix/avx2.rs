@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use moesaic_spec::DType;
 
+use super::source::widen_tiles;
 use super::{PackedMatrix, SCALE_K, TILE_K, TILE_N, fp8};
 
 /// Rows that a kernel takes at once: 4 × (even + odd) of 16 registers, the sums in memory.
@@ -12,7 +13,13 @@ const HALF: usize = TILE_N / 2;
 /// How far ahead of the loads the prefetches are, in bytes.
 const PREFETCH_BYTES: usize = 4096;
 
-/// `rows` rows of `wide` (`[k][rows]`, `k` padded to whole tiles with zeros) times panel `panel` of a BF16 or F8 E4M3
+/// See [`widen_tiles`].
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn widen(x: &[half::bf16], stride: usize, rows: usize, wide: &mut [f32]) {
+    widen_tiles(x, stride, rows, wide);
+}
+
+/// `rows` rows of `wide` ([`widen_tiles`]) times panel `panel` of a BF16 or F8 E4M3
 /// matrix, into `c` with row stride `ldc`.
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn tiles(w: &PackedMatrix, panel: usize, rows: usize, wide: &[f32], c: &mut [f32], ldc: usize) {
@@ -40,7 +47,7 @@ pub(crate) fn tiles(w: &PackedMatrix, panel: usize, rows: usize, wide: &[f32], c
 
 /// Adds to `acc` the sums of one tile of BF16 for the two halves of a panel.
 ///
-/// Promises: `tile` is 1 KiB, `x` has `32 * M` elements.
+/// Promises: `tile` is 1 KiB, `x` has `M` rows of 32 elements.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile<const M: usize>(tile: *const u8, x: *const f32, acc: &mut [[__m256; M]; 2]) {
@@ -58,7 +65,7 @@ unsafe fn tile<const M: usize>(tile: *const u8, x: *const f32, acc: &mut [[__m25
             let wo = _mm256_castsi256_ps(_mm256_and_si256(line, high));
             for m in 0..M {
                 // SAFETY: inside the tile's rows of x.
-                let (xe, xo) = unsafe { (*x.add(2 * pair * M + m), *x.add((2 * pair + 1) * M + m)) };
+                let (xe, xo) = unsafe { (*x.add(m * TILE_K + 2 * pair), *x.add(m * TILE_K + 2 * pair + 1)) };
                 even[m] = _mm256_fmadd_ps(_mm256_set1_ps(xe), we, even[m]);
                 odd[m] = _mm256_fmadd_ps(_mm256_set1_ps(xo), wo, odd[m]);
             }
@@ -69,7 +76,7 @@ unsafe fn tile<const M: usize>(tile: *const u8, x: *const f32, acc: &mut [[__m25
     }
 }
 
-/// Promises: `w` has `num_tiles` tiles of 1 KiB, `x` `num_tiles * 32 * M` elements, `c` `M` rows of stride `ldc`.
+/// Promises: `w` has `num_tiles` tiles of 1 KiB, `x` `M` rows of each tile, `c` `M` rows of stride `ldc`.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn bf16<const M: usize>(w: *const u8, num_tiles: usize, x: *const f32, c: *mut f32, ldc: usize) {
     let mut acc = [[_mm256_setzero_ps(); M]; 2];

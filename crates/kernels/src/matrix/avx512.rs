@@ -7,6 +7,7 @@ use std::arch::x86_64::*;
 
 use moesaic_spec::DType;
 
+use super::source::widen_tiles;
 use super::{PackedMatrix, SCALE_K, TILE_K, TILE_N, fp8};
 
 /// Rows that a kernel takes at once: 8 × (even + odd + sum) of 32 registers.
@@ -15,7 +16,13 @@ pub(crate) const MAX_ROWS: usize = 8;
 /// 4 to 12 KiB there is little difference.
 const PREFETCH_BYTES: usize = 6144;
 
-/// `rows` rows of `wide` (`[k][rows]`, `k` padded to whole tiles with zeros) times panel `panel` of a BF16 or F8 E4M3
+/// See [`widen_tiles`].
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) fn widen(x: &[half::bf16], stride: usize, rows: usize, wide: &mut [f32]) {
+    widen_tiles(x, stride, rows, wide);
+}
+
+/// `rows` rows of `wide` ([`widen_tiles`]) times panel `panel` of a BF16 or F8 E4M3
 /// matrix, into `c` with row stride `ldc`.
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(crate) fn tiles(w: &PackedMatrix, panel: usize, rows: usize, wide: &[f32], c: &mut [f32], ldc: usize) {
@@ -46,7 +53,7 @@ pub(crate) fn tiles(w: &PackedMatrix, panel: usize, rows: usize, wide: &[f32], c
     call!(1 2 3 4 5 6 7 8);
 }
 
-/// Promises: `w` has `num_tiles` tiles of 1 KiB, `x` `num_tiles * 32 * M` elements, `c` `M` rows of stride `ldc`.
+/// Promises: `w` has `num_tiles` tiles of 1 KiB, `x` `M` rows of each tile, `c` `M` rows of stride `ldc`.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn bf16<const M: usize>(w: *const u8, num_tiles: usize, x: *const f32, c: *mut f32, ldc: usize) {
     let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
@@ -63,10 +70,10 @@ unsafe fn bf16<const M: usize>(w: *const u8, num_tiles: usize, x: *const f32, c:
             let we = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(line));
             let wo = _mm512_castsi512_ps(_mm512_and_si512(line, high));
             // SAFETY: inside the tile's rows of x.
-            let x = unsafe { x.add((tile * TILE_K + 2 * pair) * M) };
+            let x = unsafe { x.add(tile * TILE_K * M + 2 * pair) };
             for m in 0..M {
                 // SAFETY: as above.
-                let (xe, xo) = unsafe { (*x.add(m), *x.add(M + m)) };
+                let (xe, xo) = unsafe { (*x.add(m * TILE_K), *x.add(m * TILE_K + 1)) };
                 even[m] = _mm512_fmadd_ps(_mm512_set1_ps(xe), we, even[m]);
                 odd[m] = _mm512_fmadd_ps(_mm512_set1_ps(xo), wo, odd[m]);
             }
@@ -159,10 +166,10 @@ macro_rules! f8_kernels {
                             let we = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(line_bf16));
                             let wo = _mm512_castsi512_ps(_mm512_and_si512(line_bf16, high));
                             // SAFETY: inside the tile's rows of x.
-                            let x = unsafe { x.add((tile * TILE_K + 4 * line + 2 * half) * M) };
+                            let x = unsafe { x.add(tile * TILE_K * M + 4 * line + 2 * half) };
                             for m in 0..M {
                                 // SAFETY: as above.
-                                let (xe, xo) = unsafe { (*x.add(m), *x.add(M + m)) };
+                                let (xe, xo) = unsafe { (*x.add(m * TILE_K), *x.add(m * TILE_K + 1)) };
                                 even[m] = _mm512_fmadd_ps(_mm512_set1_ps(xe), we, even[m]);
                                 odd[m] = _mm512_fmadd_ps(_mm512_set1_ps(xo), wo, odd[m]);
                             }

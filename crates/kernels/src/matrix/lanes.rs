@@ -39,7 +39,7 @@ fn line_f8(tile: &[u8], pair: usize) -> [u32; TILE_N] {
     })
 }
 
-/// `M` rows of `wide` (`[k][M]`, `k` padded to whole tiles with zeros) times panel `panel` of `w`, into `c` with row
+/// `M` rows of `wide` ([`widen_tiles`](super::source::widen_tiles)) times panel `panel` of `w`, into `c` with row
 /// stride `ldc`. BF16 and F8 E4M3.
 fn panel_tiles<const M: usize>(w: &PackedMatrix, panel: usize, wide: &[f32], c: &mut [f32], ldc: usize) {
     let f8 = w.dtype() == DType::F8E4M3;
@@ -50,14 +50,14 @@ fn panel_tiles<const M: usize>(w: &PackedMatrix, panel: usize, wide: &[f32], c: 
     let num_tiles = w.k().div_ceil(TILE_K);
     let (tiles, scales) = (w.panel(panel, 1), w.scales(panel));
     for (tile_idx, tile) in tiles.chunks_exact(tile_bytes).enumerate() {
-        let x = &wide[tile_idx * TILE_K * M..(tile_idx + 1) * TILE_K * M];
+        let (x, _) = wide[tile_idx * TILE_K * M..][..TILE_K * M].as_chunks::<TILE_K>();
         let (mut even, mut odd) = ([[0f32; TILE_N]; M], [[0f32; TILE_N]; M]);
         for pair in 0..TILE_K / 2 {
             let line = if f8 { line_f8(tile, pair) } else { line_bf16(tile, pair) };
             let (we, wo) = widen(&line);
             for m in 0..M {
-                fma(x[2 * pair * M + m], &we, &mut even[m]);
-                fma(x[(2 * pair + 1) * M + m], &wo, &mut odd[m]);
+                fma(x[m][2 * pair], &we, &mut even[m]);
+                fma(x[m][2 * pair + 1], &wo, &mut odd[m]);
             }
         }
         for m in 0..M {

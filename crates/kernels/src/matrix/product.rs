@@ -8,7 +8,7 @@ use moesaic_device::{Ctx, Isa, Tensor};
 use moesaic_spec::DType;
 
 use super::scratch::{self, Scratch};
-use super::source::{flush_bf16, round_bf16};
+use super::source::{round_bf16, widen_tiles};
 use super::{PackedMatrix, SCALE_K, TILE_K, TILE_N, lanes};
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2, avx512};
@@ -273,11 +273,14 @@ fn multiply_widened(
     let wide = scratch.wide.f32(k * rows);
     if scratch.wide_key != key {
         scratch.wide_key = key;
-        for m in 0..rows {
-            let row = &x[m * stride..m * stride + k];
-            for (out, x) in wide[m..].iter_mut().step_by(rows).zip(row) {
-                *out = f32::from_bits(u32::from(flush_bf16(x.to_bits())) << 16);
-            }
+        match isa {
+            // SAFETY: the machine has AVX-512.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512::widen(x, stride, rows, wide) },
+            // SAFETY: the machine has AVX2.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::widen(x, stride, rows, wide) },
+            _ => widen_tiles(x, stride, rows, wide),
         }
     }
     for panel in panels.clone() {

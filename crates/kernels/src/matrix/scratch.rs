@@ -44,7 +44,7 @@ impl Buffer {
 pub(crate) struct Scratch {
     /// Results of a block, `[rows][panels × 16]`.
     pub(crate) c: Buffer,
-    /// Rows of x as F32, `[k][rows]`.
+    /// Rows of x as F32, `[tiles][rows][32]`.
     pub(crate) wide: Buffer,
     /// Which rows `wide` holds.
     pub(crate) wide_key: (u64, usize, usize),

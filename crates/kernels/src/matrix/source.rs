@@ -270,3 +270,17 @@ pub(crate) fn round_bf16(value: f32) -> u16 {
 pub(crate) fn flush_bf16(bits: u16) -> u16 {
     bits & if bits & 0x7f80 == 0 { 0x8000 } else { 0xffff }
 }
+
+/// Rows of `x` as F32, subnormals as zero, for kernels that read a tile after the other: `[tiles][rows][32]`, so that an
+/// element of any row lies at a distance that the kernel knows.
+#[inline(always)]
+pub(crate) fn widen_tiles(x: &[half::bf16], stride: usize, rows: usize, wide: &mut [f32]) {
+    let (wide, _) = wide.as_chunks_mut::<TILE_K>();
+    let num_tiles = wide.len() / rows;
+    for row in 0..rows {
+        let (x, _) = x[row * stride..][..num_tiles * TILE_K].as_chunks::<TILE_K>();
+        for (tile, x) in x.iter().enumerate() {
+            wide[tile * rows + row] = x.map(|x| f32::from_bits(u32::from(flush_bf16(x.to_bits())) << 16));
+        }
+    }
+}
