@@ -129,7 +129,9 @@ fn whether_tokens_are_those_of_one_rank_is_said_as_it_is() {
     assert!(markdown.contains("| tokens that differ | 0 of 4,096 | 0 of 4,096 | – | 3 of 4,096 |"), "{markdown}");
     assert!(markdown.contains("| largest log-prob diff | 0 | 1.2e-6 | – | 0.0200 |"), "{markdown}");
     assert!(markdown.contains("| answers part at ties of | – | – | – | 0.0123 |"), "{markdown}");
-    assert!(comparison.to_html().contains("<strong>2 of 3</strong><span>1 of them to the last bit</span>"));
+    assert!(comparison.to_html().contains(
+        "<strong>2 of 3</strong><span>1 of them to the last bit; others part at ties of 0.0123 or less</span>"
+    ));
 }
 
 #[test]
@@ -250,7 +252,7 @@ fn a_timeline_shows_actions_waits_and_messages() {
         |spans: &[TimelineSpan]| -> Vec<_> { spans.iter().map(|span| (span.activity, span.start, span.end)).collect() };
     // Two actions of one kind without a gap are one bar.
     assert_eq!(spans(&timeline.rows[0].compute), [(Activity::Attention, 0.0, 4.0)]);
-    assert_eq!(spans(&timeline.rows[0].network), [(Activity::Message(Collective::AllToAll), 3.0, 5.0)]);
+    assert_eq!(spans(&timeline.rows[0].network), [(Activity::Message(Collective::AllToAll), 3.0, 6.0)]);
     let receiver = [(Activity::Attention, 0.0, 8.0), (Activity::Waiting, 1.0, 6.0)];
     assert_eq!(spans(&timeline.rows[1].compute), receiver);
 

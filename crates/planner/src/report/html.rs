@@ -15,7 +15,7 @@ use crate::metrics::{ExpertLoad, RankMemory};
 /// Most bars of ranks for one strategy; of more groups of like ranks, the fullest of neighbours are shown.
 const MAX_MEMORY_BARS: usize = 16;
 /// Colours that tell parts of memory apart.
-const PART_CLASSES: [&str; 6] = ["p0", "p1", "p2", "p3", "p4", "p5"];
+const PART_CLASSES: [&str; 10] = ["p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7", "p8", "p9"];
 
 pub(crate) fn render(comparison: &Comparison) -> String {
     let title = escape(&comparison.title());
@@ -27,6 +27,7 @@ pub(crate) fn render(comparison: &Comparison) -> String {
     );
     page += &header(comparison);
     page += &section("performance", &tables::performance(comparison), &speed_plots(comparison));
+    page += &section("sameness", &tables::results(comparison), "");
     page += &section("communication", &tables::communication(comparison), &time_plot(comparison));
     page += &section("links", &tables::links(comparison), &link_plot(comparison));
     page += &section("memory", &tables::memory(comparison), &memory_plot(comparison));
@@ -34,7 +35,6 @@ pub(crate) fn render(comparison: &Comparison) -> String {
     page += &section("balance", &tables::balance(comparison), "");
     page += &section("prediction", &tables::synchronizer(comparison), "");
     page += &timelines(comparison);
-    page += &section("sameness", &tables::results(comparison), "");
     page += &section("more", &tables::more(comparison), "");
     page += &about(comparison);
     page + "</main>\n</body>\n</html>\n"
@@ -74,7 +74,11 @@ fn tiles(comparison: &Comparison) -> String {
         tiles.push(("Least exposed communication", format!("{} %", percent(exposed(quiet))), quiet.name.clone()));
     }
     if compared > 0 {
-        let detail = format!("{exact} of them to the last bit");
+        let widest = comparison.strategies.iter().filter_map(|strategy| strategy.sameness?.widest_tie).reduce(f64::max);
+        let detail = match widest {
+            None => format!("{exact} of them to the last bit"),
+            Some(tie) => format!("{exact} of them to the last bit; others part at ties of {} or less", number(tie)),
+        };
         tiles.push(("Same tokens as one rank", format!("{same} of {compared}"), detail));
     }
     let mut html = String::from("<ul class=\"tiles\">");
@@ -294,7 +298,7 @@ fn heat_maps(comparison: &Comparison) -> String {
             "<figure><figcaption>Load of {experts} experts in layers {first} to {last}: {}</figcaption>\
              <div class=\"axes\"><span class=\"y\"><span>layer {first}</span><span>{last}</span></span>{}<span class=\"x\"><span>expert 0</span>\
              <span>{}</span></span></div></figure>",
-            escape(&names.join(", ")),
+            escape(&names.join(" · ")),
             plots::heat_map(load),
             experts.saturating_sub(1)
         );
@@ -343,7 +347,7 @@ fn timelines(comparison: &Comparison) -> String {
         seen.iter().map(|&activity| (plots::activity_class(activity), name(activity).to_owned())).collect();
     let mut html = format!(
         "<section id=\"timeline\">\n<h2>One step, rank by rank</h2>\n<p class=\"about\">For each rank its compute lane above, the \
-         messages that it sends below. Every other micro-batch is lighter. Each picture has a scale of its own.</p>\n{}",
+         messages that it sends below, until they arrive. Every other micro-batch is lighter. Each picture has a scale of its own.</p>\n{}",
         legend(&entries)
     );
     for (strategy, timeline) in drawn {

@@ -292,12 +292,12 @@ pub(crate) fn memory(comparison: &Comparison) -> Table {
     Table { title: "Memory by part", about, heads: names(comparison), rows }
 }
 
-/// All parts of memory, in the order of their first mention.
+/// All parts of memory that some rank has, in the order of their first mention.
 pub(crate) fn part_names(comparison: &Comparison) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     let ranks = comparison.strategies.iter().flat_map(|strategy| &strategy.memory);
-    for (name, _) in ranks.flat_map(|rank| &rank.parts) {
-        if !names.contains(name) {
+    for (name, bytes) in ranks.flat_map(|rank| &rank.parts) {
+        if *bytes > 0 && !names.contains(name) {
             names.push(name.clone());
         }
     }
@@ -404,13 +404,13 @@ pub(crate) fn synchronizer(comparison: &Comparison) -> Table {
 pub(crate) fn all(comparison: &Comparison) -> Vec<Table> {
     let mut tables = vec![
         performance(comparison),
+        results(comparison),
         communication(comparison),
         links(comparison),
         memory(comparison),
         load(comparison),
         balance(comparison),
         synchronizer(comparison),
-        results(comparison),
         more(comparison),
     ];
     tables.retain(|table| !table.rows.is_empty());

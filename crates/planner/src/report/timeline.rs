@@ -30,7 +30,7 @@ pub struct TimelineRow {
     pub rank: u32,
     /// Its compute lane; waits come after the actions that they are a part of.
     pub compute: Vec<TimelineSpan>,
-    /// Messages that it sends, while they occupy links.
+    /// Messages that it sends, from their first byte to their arrival.
     pub network: Vec<TimelineSpan>,
 }
 
@@ -67,7 +67,7 @@ impl Timeline {
     /// Of a step.
     pub fn of(times: &StepTimes, schedules: &[Schedule]) -> Timeline {
         let (start, ranks) = (times.start(), times.actions.len());
-        let in_time = times.messages.iter().map(|message| message.end).fold(times.end(), f64::max);
+        let in_time = times.messages.iter().map(|message| message.arrival).fold(times.end(), f64::max);
         let mut timeline = Timeline { step: times.step, seconds: in_time - start, ranks, rows: Vec::new() };
         let count = ranks.min(MAX_ROWS);
         for rank in (0..count).map(|row| row * ranks / count) {
@@ -102,7 +102,7 @@ fn row(times: &StepTimes, schedule: &Schedule, (begin, shortest): (f64, f64)) ->
     let sent = times.messages.iter().filter(|message| message.from == rank && message.to != rank);
     let sent = sent.map(|message| {
         let of = Activity::Message(message.kind.collective());
-        span(of, micro_batch(message.sender_action), (message.start, message.end))
+        span(of, micro_batch(message.sender_action), (message.start, message.arrival))
     });
     let mut compute = joined(actions.collect(), shortest);
     compute.extend(joined(waits.collect(), shortest));
