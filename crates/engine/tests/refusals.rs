@@ -64,7 +64,9 @@ fn a_plan_that_this_machine_cannot_hold_is_refused_before_anything_is_taken() {
             assert!(error.starts_with("cannot fit: weights ") && error.contains(" + messages "), "{error}");
             assert!(error.contains("but only 8.00 GiB may be used; any of these would fix it: "), "{error}");
             assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
-            assert!(peak_memory() - before < 200 << 20, "{} MiB were taken", (peak_memory() - before) >> 20);
+            // The system counts in batches, so the peak may even seem to fall.
+            let taken = peak_memory().saturating_sub(before);
+            assert!(taken < 200 << 20, "{} MiB were taken", taken >> 20);
         }
     }
 }
