@@ -58,7 +58,10 @@ impl OpenModel {
                 tokenizer: None,
                 weights: Weights::Random(RandomWeights { seed: 0 }),
             },
-            Some(path) => bail!("{}: is not a model folder; a preset's name needs --load-format dummy", path.display()),
+            Some(path) if preset(&path.to_string_lossy()).is_ok() => {
+                bail!("{}: is a preset, which has no weights; --load-format dummy takes random ones", path.display())
+            }
+            Some(path) => bail!("{}: is neither a model folder nor a preset", path.display()),
         };
         model.set_capacity(args)?;
         if let Some(tokenizer) = &model.tokenizer {

@@ -104,7 +104,7 @@ fn compare(cluster: &Cluster) -> Result<Comparison, PlannerError> {
         differing_answers: 2,
         differing_tokens: 211,
         max_logprob_difference: 0.084,
-        widest_tie: Some(0.031),
+        widest_gap: Some(0.031),
         ..exact
     });
     separated.synchronizer =

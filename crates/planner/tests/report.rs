@@ -34,7 +34,7 @@ fn strategy(name: &str, baseline: bool, (tpot, tps): (f64, f64)) -> StrategyRepo
         tokens: 4096,
         differing_tokens: 3,
         max_logprob_difference: 0.02,
-        widest_tie: Some(0.0123),
+        widest_gap: Some(0.0123),
     });
     report
 }
@@ -128,9 +128,9 @@ fn whether_tokens_are_those_of_one_rank_is_said_as_it_is() {
     );
     assert!(markdown.contains("| tokens that differ | 0 of 4,096 | 0 of 4,096 | – | 3 of 4,096 |"), "{markdown}");
     assert!(markdown.contains("| largest log-prob diff | 0 | 1.2e-6 | – | 0.0200 |"), "{markdown}");
-    assert!(markdown.contains("| answers part at ties of | – | – | – | 0.0123 |"), "{markdown}");
+    assert!(markdown.contains("| gap where they part | – | – | – | 0.0123 |"), "{markdown}");
     assert!(comparison.to_html().contains(
-        "<strong>2 of 3</strong><span>1 of them to the last bit; others part at ties of 0.0123 or less</span>"
+        "<strong>2 of 3</strong><span>1 of them to the last bit; others part where two tokens are within 0.0123</span>"
     ));
 }
 

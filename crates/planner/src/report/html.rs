@@ -74,10 +74,12 @@ fn tiles(comparison: &Comparison) -> String {
         tiles.push(("Least exposed communication", format!("{} %", percent(exposed(quiet))), quiet.name.clone()));
     }
     if compared > 0 {
-        let widest = comparison.strategies.iter().filter_map(|strategy| strategy.sameness?.widest_tie).reduce(f64::max);
+        let widest = comparison.strategies.iter().filter_map(|strategy| strategy.sameness?.widest_gap).reduce(f64::max);
         let detail = match widest {
             None => format!("{exact} of them to the last bit"),
-            Some(tie) => format!("{exact} of them to the last bit; others part at ties of {} or less", number(tie)),
+            Some(gap) => {
+                format!("{exact} of them to the last bit; others part where two tokens are within {}", number(gap))
+            }
         };
         tiles.push(("Same tokens as one rank", format!("{same} of {compared}"), detail));
     }

@@ -88,9 +88,9 @@ pub struct Sameness {
     pub differing_tokens: u64,
     /// Greatest absolute difference of a token's log-probability, over the tokens before each answer's first difference.
     pub max_logprob_difference: f64,
-    /// Where an answer's first difference is, one rank was nearly undecided: the greatest distance there of the
-    /// log-probabilities of its two likeliest tokens. Absent where no answer differs.
-    pub widest_tie: Option<f64>,
+    /// Where an answer's first difference is: the greatest distance there, on one rank, of the log-probabilities of its two
+    /// likeliest tokens. Near 0 one rank was undecided. Absent where no answer differs.
+    pub widest_gap: Option<f64>,
 }
 
 impl Sameness {
@@ -127,7 +127,7 @@ pub struct BalanceReport {
 /// How well the time of a pool of ranks is predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SynchronizerReport {
-    /// Mean |predicted − real| / real of the 3-layer MLP, on samples that it was not trained on; absent while there were too
+    /// Median of |predicted − real| / real of the 3-layer MLP, on samples that it was not trained on; absent while there were too
     /// few to train it.
     pub mlp_error: Option<f64>,
     /// Of the linear model `T = k₁ b + k₂`.

@@ -326,11 +326,11 @@ pub(crate) fn results(comparison: &Comparison) -> Table {
             }),
         ),
     ];
-    if strategies.iter().any(|strategy| strategy.sameness.is_some_and(|same| same.widest_tie.is_some())) {
+    if strategies.iter().any(|strategy| strategy.sameness.is_some_and(|same| same.widest_gap.is_some())) {
         let cell = |strategy: &StrategyReport| {
-            strategy.sameness.and_then(|same| same.widest_tie).map_or(NOTHING.to_owned(), format::number)
+            strategy.sameness.and_then(|same| same.widest_gap).map_or(NOTHING.to_owned(), format::number)
         };
-        rows.push(Row::new("answers part at ties of", strategies.iter().map(cell)));
+        rows.push(Row::new("gap where they part", strategies.iter().map(cell)));
     }
     if strategies.iter().any(|strategy| strategy.exchange_error.is_some()) {
         let cell = |strategy: &StrategyReport| {
@@ -342,8 +342,8 @@ pub(crate) fn results(comparison: &Comparison) -> Table {
         rows.push(Row::new("8-bit exchange, error", strategies.iter().map(cell)));
     }
     let about = "Held against a run of the same requests on one rank. An answer goes its own way from its first other token on, so \
-                 log-probabilities are compared up to there. Where sums over heads or widths run in another order, that token was \
-                 nearly tied: the last row is how far apart one rank saw its two likeliest tokens at most.";
+                 log-probabilities are compared up to there. Gap where they part: how far apart one rank saw its two likeliest \
+                 tokens there, at most; near 0 it was undecided.";
     Table { title: "Sameness", about, heads: names(comparison), rows }
 }
 
@@ -396,7 +396,8 @@ pub(crate) fn synchronizer(comparison: &Comparison) -> Table {
         row("used", &|report| if report.mlp_used { "MLP" } else { "linear" }.to_owned()),
         row("choices", &|report| format::integer(report.choices)),
     ];
-    let about = "Mean error of the predicted time of a pool of ranks, and how often micro-batches were chosen by it.";
+    let about = "Median error of the predicted time of the pool of ranks that is predicted worst, by both models; the better one was used for \
+                 so many choices of micro-batches.";
     Table { title: "Prediction of time", about, heads: names(comparison), rows }.without_empty_columns()
 }
 

@@ -91,14 +91,14 @@ fn of_files(args: &CompareArgs) -> Result<Candidates> {
         Ok(first.to_string())
     };
     same("model", |file| &file.model)?;
-    let cluster = plans::cluster(&same("cluster", |file| &file.cluster)?)?;
+    let first = || args.plan[0].display().to_string();
+    let cluster = plans::cluster(&same("cluster", |file| &file.cluster)?).with_context(first)?;
     let workload = match &args.workload {
         Some(name) => plans::workload(name)?,
-        None => plans::workload(&same("workload", |file| &file.workload)?)?,
+        None => plans::workload(&same("workload", |file| &file.workload)?).with_context(first)?,
     };
-    let model_args: ModelArgs =
-        plans::model_of(&files[0], &args.model).with_context(|| args.plan[0].display().to_string())?;
-    let model = OpenModel::open(&model_args).with_context(|| args.plan[0].display().to_string())?;
+    let model_args: ModelArgs = plans::model_of(&files[0], &args.model).with_context(first)?;
+    let model = OpenModel::open(&model_args).with_context(first)?;
     name_apart(&mut files, &args.plan);
     let resolve = |(file, path): (PlanFile, &PathBuf)| -> Result<Arc<Plan>> {
         let longest = workload.longest();

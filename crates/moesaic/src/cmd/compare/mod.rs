@@ -43,17 +43,15 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
     }
     comparison.notes = notes;
     comparison.notes.push(
-        "Latency of a small model is mostly launches and message latency, which no bandwidth shortens: a larger model shifts \
-         the balance between strategies."
-            .into(),
+        "All of this holds for this model, cluster and workload; with others another strategy may be ahead.".into(),
     );
     let differs = |report: &moesaic_planner::report::StrategyReport| {
         report.sameness.is_some_and(|same| same.differing_tokens > 0) && report.exchange_error.is_none()
     };
     if run.dtype() != moesaic_spec::DType::F32 && comparison.strategies.iter().any(differs) {
         comparison.notes.push(
-            "Where heads or widths are cut, a sum is added up in another order. In BF16 that lets nearly tied tokens fall the other \
-             way; --dtype float32 leaves almost no such ties."
+            "Where heads or widths are cut, ranks round their parts of a sum to BF16, and the parts are added up in another \
+             order than on one rank. --dtype float32 compares the same without rounding to BF16."
                 .into(),
         );
     }

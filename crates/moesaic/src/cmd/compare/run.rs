@@ -152,13 +152,13 @@ fn balance_of(report: &balance::BalanceReport) -> Option<BalanceReport> {
 /// How well the pools' times were predicted: the pool that is predicted worst by what is used.
 fn synchronizer_of(report: &synchronize::SynchronizerReport) -> SynchronizerReport {
     let used = |pool: &synchronize::PoolErrors| match (pool.errors.used, pool.errors.mlp) {
-        (synchronize::Model::Mlp, Some(mlp)) => mlp.mean,
-        _ => pool.errors.linear.mean,
+        (synchronize::Model::Mlp, Some(mlp)) => mlp.median,
+        _ => pool.errors.linear.median,
     };
     let worst = report.errors.iter().max_by(|a, b| used(a).total_cmp(&used(b)));
     SynchronizerReport {
-        mlp_error: worst.and_then(|pool| pool.errors.mlp).map(|errors| errors.mean),
-        linear_error: worst.map_or(0.0, |pool| pool.errors.linear.mean),
+        mlp_error: worst.and_then(|pool| pool.errors.mlp).map(|errors| errors.median),
+        linear_error: worst.map_or(0.0, |pool| pool.errors.linear.median),
         choices: report.intervals,
         mlp_used: worst.is_some_and(|pool| pool.errors.used == synchronize::Model::Mlp),
     }
@@ -176,8 +176,8 @@ fn sameness(reference: &[Vec<TokenEvent>], answers: &[Vec<TokenEvent>]) -> Samen
             if same && right.token != got.token {
                 same = false;
                 let [best, second] = right.top_logprobs[..] else { panic!("the reference was asked for {TOP}") };
-                let tie = f64::from(best.1 - second.1);
-                sameness.widest_tie = Some(sameness.widest_tie.map_or(tie, |widest| widest.max(tie)));
+                let gap = f64::from(best.1 - second.1);
+                sameness.widest_gap = Some(sameness.widest_gap.map_or(gap, |widest| widest.max(gap)));
             }
             if same {
                 let difference = f64::from((right.logprob - got.logprob).abs());

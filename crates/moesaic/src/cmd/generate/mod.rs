@@ -35,7 +35,10 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
             (Some(file), model)
         }
     };
-    let model = OpenModel::open(&model_args)?;
+    let model = match &args.plan {
+        None => OpenModel::open(&model_args)?,
+        Some(path) => OpenModel::open(&model_args).with_context(|| path.display().to_string())?,
+    };
     let interactive = args.chat && args.prompt.is_empty() && stdin().is_terminal();
     let launcher = Launcher::new(args, &model, model_args, file)?;
     if interactive {
