@@ -135,6 +135,36 @@ fn whether_tokens_are_those_of_one_rank_is_said_as_it_is() {
 }
 
 #[test]
+fn the_cluster_says_which_link_is_where() {
+    let line = |nodes| {
+        let mut cluster = cluster(nodes);
+        cluster.inter_node = cluster.inter_node.filter(|_| nodes > 1);
+        Comparison { cluster: ClusterFacts::of(&cluster), ..comparison() }.to_markdown()
+    };
+    assert!(line(1).contains("1 node of 2 × script"), "{}", line(1));
+    assert!(line(1).contains("; in a node inner: 2.0e-8 GB/s at 50 %, 1,000,000 µs\n"), "{}", line(1));
+    let two = line(2);
+    assert!(two.contains("2 nodes of 2 × script"), "{two}");
+    assert!(two.contains("µs; between nodes outer: 1.0e-8 GB/s at 50 %, 2,000,000 µs"), "{two}");
+}
+
+#[test]
+fn answers_of_one_token_have_no_time_per_output_token() {
+    let mut comparison = comparison();
+    comparison.strategies.iter_mut().for_each(|strategy| {
+        strategy.performance.tpot_ms = Spread::default();
+        strategy.performance.ttft_ms.mean = 3.0;
+    });
+    let markdown = comparison.to_markdown();
+    for row in ["| TPOT (ms) | – | – | – | – | n/a |", "| TPOT p50 (ms) | – | – | – | – |"] {
+        assert!(markdown.contains(row), "no {row:?} in {markdown}");
+    }
+    let page = comparison.to_html();
+    assert!(!page.contains("Lowest TPOT") && page.contains("Time to first token"), "{page}");
+    assert!(comparison.strategies[0].summary().ends_with("TTFT 3.00 ms"), "{}", comparison.strategies[0].summary());
+}
+
+#[test]
 fn json_is_read_back_and_other_versions_are_refused() {
     let comparison = large();
     assert_eq!(Comparison::from_json(&comparison.to_json()).unwrap(), comparison);

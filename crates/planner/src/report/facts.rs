@@ -101,12 +101,14 @@ impl ClusterFacts {
 
     pub(crate) fn line(&self) -> String {
         let (bandwidth, reached) = self.memory_bandwidth;
-        let links = self.links.iter().map(|(name, bandwidth, reached, latency)| {
+        let links = self.links.iter().zip(["in a node", "between nodes"]);
+        let links = links.map(|((name, bandwidth, reached, latency), place)| {
             let (rate, share) = (format::rate(*bandwidth), format::percent(*reached));
-            format!("{name} {rate} at {share} %, {} µs", format::number(1e6 * latency))
+            format!("{place} {name}: {rate} at {share} %, {} µs", format::number(1e6 * latency))
         });
+        let nodes = if self.nodes == 1 { "node" } else { "nodes" };
         format!(
-            "{} nodes of {} × {}, {} each at {} % of peak, {} at {} %; {}",
+            "{} {nodes} of {} × {}, {} each at {} % of peak, {} at {} %; {}",
             self.nodes,
             self.gpus_per_node,
             self.gpu,

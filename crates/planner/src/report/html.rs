@@ -66,10 +66,11 @@ fn tiles(comparison: &Comparison) -> String {
     let compared = compared.count();
     let exposed = |strategy: &StrategyReport| strategy.communication.all.exposed;
     let quiet = strategies.iter().min_by(|a, b| exposed(a).total_cmp(&exposed(b)));
-    let mut tiles = vec![
-        ("Lowest TPOT", format!("{tpot} ms"), fast.name.clone()),
-        ("Highest throughput", format!("{throughput} tok/s"), wide.name.clone()),
-    ];
+    let mut tiles = Vec::new();
+    if fast.performance.tpot_ms.mean > 0.0 {
+        tiles.push(("Lowest TPOT", format!("{tpot} ms"), fast.name.clone()));
+    }
+    tiles.push(("Highest throughput", format!("{throughput} tok/s"), wide.name.clone()));
     if let Some(quiet) = quiet {
         tiles.push(("Least exposed communication", format!("{} %", percent(exposed(quiet))), quiet.name.clone()));
     }
@@ -172,8 +173,12 @@ fn legend(entries: &[(&str, String)]) -> String {
 
 fn speed_plots(comparison: &Comparison) -> String {
     type Value = fn(&StrategyReport) -> f64;
+    let decodes = comparison.strategies.iter().any(|strategy| strategy.performance.tpot_ms.mean > 0.0);
     let plots: [(&str, Value); 2] = [
-        ("Time per output token, ms (less is better)", |strategy| strategy.performance.tpot_ms.mean),
+        match decodes {
+            true => ("Time per output token, ms (less is better)", |strategy| strategy.performance.tpot_ms.mean),
+            false => ("Time to first token, ms (less is better)", |strategy| strategy.performance.ttft_ms.mean),
+        },
         ("Output tokens per second and GPU (more is better)", |strategy| strategy.performance.tps_per_gpu),
     ];
     let plots = plots.map(|(title, of)| {

@@ -156,7 +156,9 @@ impl StrategyReport {
             Some(same) if same.differing_tokens == 0 => format!("{} as one rank", self.verdict()),
             Some(_) => format!("{} answers as one rank", self.verdict()),
         };
-        format!("{verdict:<28}  TPOT {} ms", format::number(self.performance.tpot_ms.mean))
+        let Performance { tpot_ms, ttft_ms, .. } = &self.performance;
+        let (name, time) = if tpot_ms.mean > 0.0 { ("TPOT", tpot_ms) } else { ("TTFT", ttft_ms) };
+        format!("{verdict:<28}  {name} {} ms", format::number(time.mean))
     }
 }
 

@@ -64,12 +64,7 @@ struct Metric {
 }
 
 const TABLE_1: [Metric; 5] = [
-    Metric {
-        name: "TPOT (ms)",
-        better: Better::Lower,
-        of: |strategy| strategy.performance.tpot_ms.mean,
-        show: format::number,
-    },
+    Metric { name: "TPOT (ms)", better: Better::Lower, of: |strategy| strategy.performance.tpot_ms.mean, show: tpot },
     Metric {
         name: "TPS per GPU",
         better: Better::Higher,
@@ -156,6 +151,11 @@ fn best(values: impl Iterator<Item = (usize, f64)>, better: Better) -> Option<(u
     })
 }
 
+/// Milliseconds; answers of one token have none.
+fn tpot(value: f64) -> String {
+    if value == 0.0 { NOTHING.to_owned() } else { format::number(value) }
+}
+
 /// The strategy with the best TPOT and the one with the best throughput.
 pub(crate) fn winners(comparison: &Comparison) -> Option<[(&StrategyReport, String); 2]> {
     let of = |metric: &Metric| {
@@ -172,8 +172,8 @@ pub(crate) fn more(comparison: &Comparison) -> Table {
         |name: &str, cell: &dyn Fn(&StrategyReport) -> String| Row::new(name, comparison.strategies.iter().map(cell));
     let rows = vec![
         row("Ranks", &|strategy| strategy.ranks.to_string()),
-        row("TPOT p50 (ms)", &|strategy| format::number(strategy.performance.tpot_ms.p50)),
-        row("TPOT p99 (ms)", &|strategy| format::number(strategy.performance.tpot_ms.p99)),
+        row("TPOT p50 (ms)", &|strategy| tpot(strategy.performance.tpot_ms.p50)),
+        row("TPOT p99 (ms)", &|strategy| tpot(strategy.performance.tpot_ms.p99)),
         row("TTFT mean (ms)", &|strategy| format::number(strategy.performance.ttft_ms.mean)),
         row("TTFT p99 (ms)", &|strategy| format::number(strategy.performance.ttft_ms.p99)),
         row("MFU (%)", &|strategy| format::percent(strategy.performance.mfu)),
