@@ -84,9 +84,9 @@ pub(crate) struct CompareArgs {
     /// Some of the strategies only.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "NAMES", help_heading = "Plans")]
     pub strategy: Vec<StrategyArg>,
-    /// Ranks of each strategy.
-    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Plans")]
-    pub ranks: usize,
+    /// Ranks of each strategy [default: 16, or all that a smaller cluster has].
+    #[arg(long, value_name = "N", help_heading = "Plans")]
+    pub ranks: Option<usize>,
     /// Cluster that times are priced for: a preset or a file [default: a100-4x4, or what the plans name].
     #[arg(long, value_name = "CLUSTER", help_heading = "Plans")]
     pub cluster: Option<String>,

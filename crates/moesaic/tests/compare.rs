@@ -99,6 +99,9 @@ fn strategies_that_cannot_be_are_left_out_unless_they_were_asked_for() {
     assert_eq!(moesaic(&["compare", "--ranks", "32", "--output", arg(temp.path())]).refused(&[]), sentence);
     moesaic(&["compare", "--ranks", "0", "--output", arg(temp.path())])
         .refused(&["ranks is 0, but must be at least 1"]);
+    // All ranks of a cluster that has fewer than the default.
+    let text = moesaic(&["compare", "--cluster", "laptop", "--strategy", "ep", "--output", arg(temp.path())]).ok();
+    assert!(text.contains("EP=2") && text.contains("1 node of 2 × one core"), "{text}");
     let file = temp.path().join("file");
     fs::write(&file, "").unwrap();
     moesaic(&["compare", "--output", arg(&file)]).refused(&[arg(&file), "Not a directory"]);

@@ -14,6 +14,8 @@ use crate::plans;
 /// Cluster and requests where nobody names others.
 const DEFAULT_CLUSTER: &str = "a100-4x4";
 const DEFAULT_WORKLOAD: &str = "chat-small";
+/// Ranks where nobody says otherwise and the cluster has as many.
+const DEFAULT_RANKS: usize = 16;
 
 /// Plans that can be followed, and what they are for.
 pub(super) struct Candidates {
@@ -43,7 +45,7 @@ fn of_strategies(args: &CompareArgs) -> Result<Candidates> {
         cluster_name,
         workload_name,
         workload: &workload,
-        ranks: args.ranks,
+        ranks: args.ranks.unwrap_or(DEFAULT_RANKS.min(cluster.num_gpus())),
     };
     let checked = |strategy: Strategy| -> Result<Plan> {
         let file = PlanFile::preset(strategy, &setting)?;
