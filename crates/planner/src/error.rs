@@ -111,6 +111,16 @@ pub enum PlannerError {
         /// What would be right.
         right: String,
     },
+    /// An expert load that cannot be.
+    #[error("the expert load: {field} is {value}; it must be {right}")]
+    Load {
+        /// What is wrong.
+        field: &'static str,
+        /// Its value.
+        value: f64,
+        /// What would be right.
+        right: &'static str,
+    },
     /// A file of results could not be written.
     #[error("cannot write the {what}: {why}")]
     Write {
