@@ -89,6 +89,38 @@ pub enum PlannerError {
         /// Actions of the schedule.
         actions: usize,
     },
+    /// An operation that no table has.
+    #[error(
+        "{op:?} is no operation between GPUs; there are nccl_all_reduce, nccl_all_gather, nccl_reduce_scatter, \
+         nccl_alltoall, custom_all_reduce, deepep_ll_dispatch, deepep_ll_combine, deepep_normal_dispatch and \
+         deepep_normal_combine"
+    )]
+    UnknownCommOp {
+        /// Its name.
+        op: String,
+    },
+    /// A column of an operation between GPUs that cannot be.
+    #[error("{op}: {field} is {value}; it must be {right}")]
+    CommParam {
+        /// Which operation.
+        op: String,
+        /// Which column.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What would be right.
+        right: String,
+    },
+    /// An expert load that cannot be.
+    #[error("the expert load: {field} is {value}; it must be {right}")]
+    Load {
+        /// What is wrong.
+        field: &'static str,
+        /// Its value.
+        value: f64,
+        /// What would be right.
+        right: &'static str,
+    },
     /// A file of results could not be written.
     #[error("cannot write the {what}: {why}")]
     Write {

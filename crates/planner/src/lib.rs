@@ -4,6 +4,8 @@
 //! replays those records on a virtual clock that is priced for a cluster ([`clock`]), sums them up ([`metrics`]), draws
 //! them ([`trace`]), and sets strategies side by side ([`report`]).
 //!
+//! [`network`] prices communication on a cluster's links; [`load`] says how full the fullest rank is.
+//!
 //! This crate must never be imported by what runs a model, and needs no device. It gets plain records, and knows neither
 //! the engine nor the wall clock.
 //!
@@ -29,7 +31,9 @@
 pub mod clock;
 pub mod cost;
 pub mod error;
+pub mod load;
 pub mod metrics;
+pub mod network;
 pub mod record;
 pub mod report;
 pub mod trace;

@@ -1,0 +1,214 @@
+//! What communication costs: flows over links, no packets.
+//!
+//! An operation ([`CommOp`]) asks links for bytes and steps ([`Demand`]). A curve turns these into seconds with a latency
+//! α, a share of the bandwidth that large messages reach, and a gradual change from one to the other ([`Curve`]). Curves
+//! are fitted to published measurements of a GPU's own links, and what is left of the measurements is interpolated. A
+//! cluster's links count relative to the links that were measured: the price follows its bandwidth, utilization and
+//! latency, and no price is below what the full bandwidth allows.
+//!
+//! ```
+//! use moesaic_planner::network::{Algorithm, Group, Library, Network};
+//! use moesaic_spec::cluster_preset;
+//!
+//! let network = Network::new(&cluster_preset("dgx-h100").unwrap(), Library::Nccl);
+//! let price = network.all_reduce(64e6, Group::one_node(8), Algorithm::Best);
+//! assert!(price.seconds > 64e6 / 450e9 && price.seconds < 1e-3);
+//! ```
+
+mod calibration;
+mod collective;
+mod comm_op;
+mod curve;
+mod exchange;
+mod fit;
+pub mod published;
+
+use moesaic_spec::{Cluster, Link, LinkClass};
+
+pub use calibration::{Calibration, FittedCurve, Version};
+pub use collective::{Algorithm, Collective, CollectiveKind};
+pub use comm_op::CommOp;
+pub use curve::{Curve, Demand};
+pub use exchange::{Copies, Exchange, Exchanged, M2n, Mode, expected_distinct};
+
+use calibration::Profile;
+use curve::Tier;
+
+/// What an operation costs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Price {
+    /// Expected time, seconds.
+    pub seconds: f64,
+    /// Standard deviation of its natural logarithm.
+    pub sd: f64,
+    /// Where it comes from.
+    pub source: Source,
+}
+
+/// Where a price comes from, from the surest to the least sure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// Between measurements of this GPU.
+    Table,
+    /// Beyond the measurements, or on a GPU that has none, by a fitted law.
+    Predictor,
+    /// From the links' figures alone.
+    Roofline,
+}
+
+impl Price {
+    /// What does not happen costs nothing.
+    pub const NOTHING: Price = Price { seconds: 0.0, sd: 0.0, source: Source::Table };
+}
+
+/// How a communicator lies over nodes: equally many ranks on each, the last node perhaps fewer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Group {
+    /// Ranks.
+    pub ranks: usize,
+    /// Ranks of it on one node.
+    pub ranks_per_node: usize,
+}
+
+impl Group {
+    /// All on one node.
+    pub fn one_node(ranks: usize) -> Self {
+        Group { ranks, ranks_per_node: ranks.max(1) }
+    }
+
+    /// Ranks that fill one node after the other.
+    pub fn packed(ranks: usize, gpus_per_node: usize) -> Self {
+        Group { ranks, ranks_per_node: gpus_per_node.min(ranks).max(1) }
+    }
+
+    /// Nodes that it touches.
+    pub fn nodes(&self) -> usize {
+        self.ranks.div_ceil(self.ranks_per_node).max(1)
+    }
+}
+
+/// Who moves the bytes of an all-reduce. The other collectives are NCCL's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Library {
+    /// NVIDIA's NCCL.
+    Nccl,
+    /// Kernels that read and write the other GPUs' memory over NVLink in one or two rounds, as serving engines have them;
+    /// large sizes fall to NCCL.
+    Custom,
+}
+
+/// Prices on one cluster.
+#[derive(Clone, Copy, Debug)]
+pub struct Network {
+    profile: Profile,
+    library: Library,
+    version: Version,
+    intra: Tier,
+    inter: Tier,
+}
+
+impl Network {
+    /// For the links of a cluster.
+    pub fn new(cluster: &Cluster, library: Library) -> Self {
+        let links = |class| cluster.link(class);
+        Network::of(Profile::of(cluster), library, links(LinkClass::IntraNode), links(LinkClass::InterNode))
+    }
+
+    /// The nodes that the tables of a GPU (`h100_sxm`) were measured on; `None` where there are no tables.
+    pub fn measured(gpu: &str, library: Library) -> Option<Self> {
+        let profile = Profile::of_tables(gpu)?;
+        let links = profile.links();
+        Some(Network::of(profile, library, &links.intra, &links.inter))
+    }
+
+    fn of(profile: Profile, library: Library, intra: &Link, inter: &Link) -> Self {
+        let measured = profile.links();
+        Network {
+            profile,
+            library,
+            version: Version::Newest,
+            intra: Tier::new(intra, &measured.intra),
+            inter: Tier::new(inter, &measured.inter),
+        }
+    }
+
+    /// The same cluster while several such groups use its links at once: each gets its share. `intra` and `inter` are how
+    /// many flows a GPU's (and so a node's) link of each class carries; at least 1.
+    #[must_use]
+    pub fn shared(&self, intra: f64, inter: f64) -> Self {
+        assert!(intra >= 1.0 && inter >= 1.0, "flows of a link: {intra} inside nodes, {inter} between them");
+        Network { intra: self.intra.shared(intra), inter: self.inter.shared(inter), ..*self }
+    }
+
+    /// The same cluster with another version of the software that exchanges rows.
+    #[must_use]
+    pub fn with_version(&self, version: Version) -> Self {
+        Network { version, ..*self }
+    }
+
+    /// Any operation.
+    pub fn price(&self, op: &CommOp) -> Price {
+        match op {
+            CommOp::Collective(collective) => self.collective(collective),
+            CommOp::Dispatch(exchange) => self.dispatch(exchange),
+            CommOp::Combine(exchange) => self.combine(exchange),
+        }
+    }
+
+    /// The least seconds that the full bandwidth of the links allows; no price is below.
+    pub fn bound(&self, op: &CommOp) -> f64 {
+        self.bound_of(&op.demand())
+    }
+
+    /// One message between two GPUs.
+    pub fn point_to_point(&self, bytes: f64, class: LinkClass) -> Price {
+        // A pair is an all-to-all of two ranks where half of what each has stays at home.
+        let group = match class {
+            LinkClass::IntraNode => Group::one_node(2),
+            LinkClass::InterNode => Group { ranks: 2, ranks_per_node: 1 },
+        };
+        self.all_to_all(2.0 * bytes, group)
+    }
+
+    /// Streaming multiprocessors that an operation keeps from computing while it runs.
+    pub fn sms_taken(&self, op: &CommOp) -> usize {
+        match op {
+            CommOp::Collective(_) => NCCL_SMS,
+            CommOp::Dispatch(exchange) | CommOp::Combine(exchange) => match exchange.mode {
+                // The adapter moves the bytes; a receiving hook finishes the work later.
+                Mode::LowLatency => 0,
+                Mode::Normal => exchange.sms,
+            },
+        }
+    }
+
+    fn bound_of(&self, demand: &Demand) -> f64 {
+        let (intra, inter) = (self.intra.bandwidth(demand.ranks_per_node), self.inter.bandwidth(demand.ranks_per_node));
+        (demand.least_intra_bytes / intra).max(demand.least_inter_bytes / inter)
+    }
+
+    /// A demand by a fitted curve, corrected by what the measurements near it say.
+    fn fitted(&self, op: &str, demand: &Demand, coordinates: &[f64; calibration::COORDINATES]) -> Price {
+        let (fitted, own) = Calibration::published().curve(self.profile, op);
+        let correction = fitted.correction(coordinates, self.version);
+        let seconds = fitted.curve.seconds(demand, &self.intra, &self.inter) * correction.ln_ratio.exp();
+        let (sd, source) = match (own, correction.inside) {
+            (true, true) => (correction.sd, Source::Table),
+            (true, false) => (correction.sd, Source::Predictor),
+            (false, _) => (correction.sd.hypot(BETWEEN_GPUS_SD), Source::Predictor),
+        };
+        Price { seconds: seconds.max(self.bound_of(demand)), sd, source }
+    }
+}
+
+/// Blocks of a large NCCL collective; each takes one multiprocessor. Source: NCCL's documentation, `NCCL_MAX_CTAS` (at most
+/// 32 by default).
+const NCCL_SMS: usize = 32;
+
+/// How far a law fitted on one GPU's links is from another's, standard deviation of the logarithm: the A100's collectives
+/// priced with the curves of the H200 and the A100's own links, which `check_network` prints.
+const BETWEEN_GPUS_SD: f64 = 0.25;
+
+/// Standard deviation of the logarithm where only the links' figures are known: a judgement, a factor of 1.5 either way in
+/// nine of ten cases.
+const UNMEASURED_SD: f64 = 0.25;
