@@ -21,7 +21,7 @@ pub use checkpoint::Checkpoint;
 pub use kv_cache::KvCache;
 pub use load::{LoadDType, WeightSource};
 pub use step::{Choices, MicroBatch, Step, StepStats, Surroundings};
-pub use trace::{MetaModel, SeqShape, StepBounds, StepShape, Trace};
+pub use trace::{ActionTrace, MetaModel, SeqShape, StepBounds, StepShape, Trace};
 pub use transformer::{PartCache, Transformer};
 
 use std::path::{Path, PathBuf};

@@ -8,7 +8,7 @@ use moesaic_device::{Arena, Ctx, OpCall};
 use moesaic_kernels::gather_rows::gather_rows;
 use moesaic_kernels::paged::{PagedBatch, PagedSeq};
 use moesaic_kernels::sampler::{SampleRequest, SamplingParams, sample};
-use moesaic_plan::{Plan, Rank, Tag, Work};
+use moesaic_plan::{Action, Plan, Rank, Tag, Work};
 use moesaic_spec::{Bytes, ModelSpec};
 
 use crate::load::LoadDType;
@@ -46,6 +46,15 @@ pub struct Trace {
     pub calls: Vec<OpCall>,
     /// Size of the activation arena that the step needs.
     pub activation_peak: Bytes,
+}
+
+/// What one action of a schedule does.
+#[derive(Clone, Debug)]
+pub struct ActionTrace {
+    /// The action.
+    pub action: Action,
+    /// Its ops and messages in order.
+    pub calls: Vec<OpCall>,
 }
 
 /// Memory that is enough for a step and for every smaller one.
@@ -98,6 +107,16 @@ impl MetaModel {
         Ok(Trace { calls: ctx.take_log(), activation_peak: ctx.arena().peak() })
     }
 
+    /// The same, action by action of the rank's schedule.
+    pub fn trace_actions(&self, shape: StepShape) -> Result<Vec<ActionTrace>, ModelError> {
+        let ctx = Ctx::meta();
+        let mut actions = Vec::new();
+        self.run_each(&ctx, shape, |action| {
+            actions.push(ActionTrace { action: action.clone(), calls: ctx.take_log() });
+        })?;
+        Ok(actions)
+    }
+
     /// Sizes at which arenas have room for this step and for every other that asks for the same tensors or smaller ones
     /// ([`Arena::sufficient`]).
     pub fn bounds(&self, shape: StepShape) -> Result<StepBounds, ModelError> {
@@ -127,6 +146,11 @@ impl MetaModel {
 
     /// Returns what has arrived from other ranks at most, in one layer.
     fn run(&self, ctx: &Ctx, shape: StepShape) -> Result<Bytes, ModelError> {
+        self.run_each(ctx, shape, |_| {})
+    }
+
+    /// Calls `done` after each action.
+    fn run_each(&self, ctx: &Ctx, shape: StepShape, mut done: impl FnMut(&Action)) -> Result<Bytes, ModelError> {
         let StepShape { seqs, block_size, all_logits, num_micro_batches } = shape;
         let mut num_blocks = 0;
         let mut row0 = 0;
@@ -169,16 +193,18 @@ impl MetaModel {
             match action.work {
                 Work::Sample => {
                     let logits = step.take_logits(action.micro_batch as usize);
-                    let Some(mut logits) = logits else { continue };
-                    if all_logits {
-                        logits = gather_rows(ctx, &logits, &sampled_rows)?;
+                    if let Some(mut logits) = logits {
+                        if all_logits {
+                            logits = gather_rows(ctx, &logits, &sampled_rows)?;
+                        }
+                        let params = SamplingParams::default();
+                        let request = SampleRequest { params: &params, prompt: &[], generated: &[] };
+                        sample(ctx, &logits, &vec![request; sampled_rows.len()])?;
                     }
-                    let params = SamplingParams::default();
-                    let request = SampleRequest { params: &params, prompt: &[], generated: &[] };
-                    sample(ctx, &logits, &vec![request; sampled_rows.len()])?;
                 }
                 _ => step.run(action)?,
             }
+            done(action);
         }
         Ok(exchange.peak())
     }

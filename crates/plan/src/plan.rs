@@ -165,7 +165,7 @@ pub struct ExplicitLayer {
 }
 
 /// What may run at the same time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Overlap {
     /// Nothing: each action waits for the one before it.

@@ -7,6 +7,12 @@ use moesaic_plan::{MessageKind, Rank};
 /// Why a step cannot be priced, or a result not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum PlannerError {
+    /// The model cannot be cut as asked.
+    #[error(transparent)]
+    Plan(#[from] moesaic_plan::PlanError),
+    /// The model's own forward pass refuses it.
+    #[error(transparent)]
+    Model(#[from] moesaic_model::ModelError),
     /// A receive whose send is nowhere.
     #[error("{at} waits for {kind} from rank {from} (tag {tag:#x}), which the records of this step never send")]
     NeverSent {

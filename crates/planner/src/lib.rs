@@ -35,6 +35,7 @@ pub mod clock;
 pub mod cost;
 pub mod error;
 pub mod load;
+pub mod iteration;
 pub mod metrics;
 pub mod network;
 pub mod record;

@@ -1,0 +1,448 @@
+//! The actions of a step as a small graph, for one rank of each kind.
+//!
+//! Ranks of one kind do the same at the same time, so one stands for all of them: 14,848 GPUs cost what 16 cost. The graph
+//! comes from the plan's own schedule, on a model of a few layers; what each action takes is put in later, so one graph
+//! serves every batch size and every cluster.
+
+use moesaic_plan::plan::{ExchangeRoute, Mesh, Overlap, Pool};
+use moesaic_plan::{Action, AllReduce, Lane, MessageKind, Plan, PlanFile, Rank, Work};
+use moesaic_spec::{Attention, Ffn, ModelSpec, QkNorm};
+
+use super::parts::boundless;
+use crate::PlannerError;
+
+/// What an action of the graph takes its time from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(usize)]
+pub enum Slot {
+    /// Embedding.
+    Embed,
+    /// Attention.
+    Attention,
+    /// Its second half, where a sum is between the halves; its time is in the first.
+    Attend,
+    /// Dense MLP.
+    Mlp,
+    /// Router.
+    Route,
+    /// Shared expert.
+    SharedExpert,
+    /// Routed experts, all rows.
+    Experts,
+    /// Routed experts, rows of the own node.
+    ExpertsNear,
+    /// Routed experts, rows of other nodes.
+    ExpertsFar,
+    /// Weighted sum.
+    Combine,
+    /// Logits.
+    Head,
+    /// Next token.
+    Sample,
+    /// Sum of the query/key norm.
+    SumNorm,
+    /// Sum of attention.
+    SumAttention,
+    /// Sum of MLPs or cut experts.
+    SumMlp,
+    /// Rows to experts, until the last is there.
+    Dispatch,
+    /// Rows to experts, until those of the own node are there.
+    DispatchNear,
+    /// Rows that came once to a node, fanned out inside it.
+    Relay,
+    /// Answers back.
+    Answer,
+    /// Answers to the own node only.
+    AnswerNear,
+    /// Rows of a tensor-parallel group.
+    AllGather,
+    /// Parts of the logits.
+    GatherLogits,
+    /// The residual stream to the next stage.
+    Hidden,
+}
+
+/// How many slots there are.
+pub const SLOTS: usize = Slot::Hidden as usize + 1;
+
+/// Seconds by slot.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Durations(pub [f64; SLOTS]);
+
+impl Default for Durations {
+    fn default() -> Self {
+        Durations([0.0; SLOTS])
+    }
+}
+
+impl std::ops::Index<Slot> for Durations {
+    type Output = f64;
+
+    fn index(&self, slot: Slot) -> &f64 {
+        &self.0[slot as usize]
+    }
+}
+
+impl std::ops::IndexMut<Slot> for Durations {
+    fn index_mut(&mut self, slot: Slot) -> &mut f64 {
+        &mut self.0[slot as usize]
+    }
+}
+
+/// What the graph depends on, and nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Structure {
+    /// Heads are split.
+    pub tp: bool,
+    /// Whole experts are placed on ranks.
+    pub placed: bool,
+    /// Experts have ranks of their own.
+    pub separate: bool,
+    /// The ranks that exchange rows are on several nodes.
+    pub nodes: bool,
+    /// Tokens go once to each node.
+    pub two_level: bool,
+    /// What may run at the same time.
+    pub overlap: Overlap,
+    /// Parts of the step.
+    pub micro_batches: usize,
+    /// Dense layers.
+    pub dense: usize,
+    /// MoE layers.
+    pub moe: usize,
+}
+
+/// When something that another action needs is there.
+#[derive(Clone, Copy, Debug)]
+enum Ready {
+    /// When that action is done.
+    Done(u32),
+    /// So long after that action has begun.
+    After(u32, Slot),
+}
+
+#[derive(Clone, Debug)]
+struct Node {
+    slot: Slot,
+    /// `2 * kind of rank + lane`.
+    lane: usize,
+    needs: Vec<Ready>,
+}
+
+/// Actions in an order in which each comes after all that it needs.
+#[derive(Clone, Debug)]
+pub struct Dag {
+    nodes: Vec<Node>,
+    /// Kinds of ranks: 2 where experts have ranks of their own.
+    pub kinds: usize,
+}
+
+/// What a walk through the graph finds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Walk {
+    /// Seconds from the first action to the last.
+    pub seconds: f64,
+    /// Seconds for which the compute lane is busy, by kind of rank: attention's, the experts' own.
+    pub computing: [f64; 2],
+    /// The same for the exchange lane.
+    pub exchanging: [f64; 2],
+}
+
+impl Dag {
+    /// The graph of a model's layers under a plan of this structure.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: no plan has this structure for this model.
+    pub fn new(model: &ModelSpec, structure: &Structure) -> Result<Dag, PlannerError> {
+        let model = layers_of(model, structure);
+        let plan = surrogate(&model, structure)?;
+        let mut ranks = vec![Rank(0)];
+        if structure.separate {
+            ranks.push(plan.stages[0].expert_ranks[0]);
+        }
+        let schedules: Vec<Vec<Action>> =
+            ranks.iter().map(|&rank| plan.schedule(&model, rank, structure.micro_batches).actions).collect();
+        Ok(Dag { kinds: ranks.len(), nodes: in_order(&schedules) })
+    }
+
+    /// How long it takes when each action takes as long as its slot says.
+    pub fn walk(&self, durations: &Durations, times: &mut Vec<(f64, f64)>) -> Walk {
+        times.clear();
+        let mut free = [0.0f64; 4];
+        let mut walk = Walk::default();
+        for node in &self.nodes {
+            let mut start = free[node.lane];
+            for &need in &node.needs {
+                start = start.max(match need {
+                    Ready::Done(idx) => times[idx as usize].1,
+                    Ready::After(idx, slot) => times[idx as usize].0 + durations[slot],
+                });
+            }
+            let seconds = durations[node.slot];
+            let end = start + seconds;
+            times.push((start, end));
+            free[node.lane] = end;
+            walk.seconds = walk.seconds.max(end);
+            match node.lane % 2 {
+                0 => walk.computing[node.lane / 2] += seconds,
+                _ => walk.exchanging[node.lane / 2] += seconds,
+            }
+        }
+        walk
+    }
+}
+
+/// Puts the actions of all kinds of ranks into one order, and finds what each needs of others.
+fn in_order(schedules: &[Vec<Action>]) -> Vec<Node> {
+    // Where each action of each schedule is in the order, once it is.
+    let mut places: Vec<Vec<Option<u32>>> = schedules.iter().map(|actions| vec![None; actions.len()]).collect();
+    let mut nodes = Vec::new();
+    let total: usize = schedules.iter().map(Vec::len).sum();
+    while nodes.len() < total {
+        let before = nodes.len();
+        for (kind, actions) in schedules.iter().enumerate() {
+            for idx in 0..actions.len() {
+                // Each lane goes through its own list in order.
+                let same_lane = |other: usize| actions[other].lane == actions[idx].lane;
+                let due = (0..idx).all(|other| !same_lane(other) || places[kind][other].is_some());
+                if places[kind][idx].is_some() || !due {
+                    continue;
+                }
+                if let Some(node) = node(schedules, &places, kind, idx) {
+                    places[kind][idx] = Some(nodes.len() as u32);
+                    nodes.push(node);
+                }
+            }
+        }
+        assert!(nodes.len() > before, "a schedule waits for something that nobody sends");
+    }
+    nodes
+}
+
+/// The action as a node, once all that it needs is in the order.
+fn node(schedules: &[Vec<Action>], places: &[Vec<Option<u32>>], kind: usize, idx: usize) -> Option<Node> {
+    let action = &schedules[kind][idx];
+    let mut needs = Vec::new();
+    for &after in &action.after {
+        needs.push(Ready::Done(places[kind][after as usize]?));
+    }
+    let near = is_near(schedules, kind, idx);
+    // Messages of the same layer and micro-batch, sent by whichever kind of rank sends them.
+    let mut messages = |wanted: fn(&Work) -> bool, ready: fn(u32, bool) -> Ready| {
+        for (sender, actions) in schedules.iter().enumerate() {
+            for (other, sent) in actions.iter().enumerate() {
+                let same = (sent.layer, sent.micro_batch) == (action.layer, action.micro_batch);
+                if same && wanted(&sent.work) {
+                    needs.push(ready(places[sender][other]?, near));
+                }
+            }
+        }
+        Some(())
+    };
+    let dispatched = |idx, near| match near {
+        true => Ready::After(idx, Slot::DispatchNear),
+        false => Ready::Done(idx),
+    };
+    match &action.work {
+        Work::Relay { .. } => messages(|work| matches!(work, Work::Dispatch { .. }), |idx, _| Ready::Done(idx))?,
+        Work::Experts { .. } => {
+            messages(|work| matches!(work, Work::Dispatch { .. }), dispatched)?;
+            if !near {
+                messages(|work| matches!(work, Work::Relay { .. }), |idx, _| Ready::Done(idx))?;
+            }
+        }
+        Work::Combine { .. } => messages(|work| matches!(work, Work::Answer { .. }), |idx, _| Ready::Done(idx))?,
+        _ => {}
+    }
+    let lane = 2 * kind + usize::from(action.lane == Lane::Comm);
+    Some(Node { slot: slot(schedules, kind, idx), lane, needs })
+}
+
+/// Whether an action works on rows of the own node only, and another one on those of other nodes.
+fn is_near(schedules: &[Vec<Action>], kind: usize, idx: usize) -> bool {
+    parts_of_layer(schedules, kind, idx) == (2, 0)
+}
+
+/// How many actions of the same name the layer has for this micro-batch, and which of them this is.
+fn parts_of_layer(schedules: &[Vec<Action>], kind: usize, idx: usize) -> (usize, usize) {
+    let action = &schedules[kind][idx];
+    let same = |other: &&Action| {
+        (other.layer, other.micro_batch) == (action.layer, action.micro_batch)
+            && std::mem::discriminant(&other.work) == std::mem::discriminant(&action.work)
+    };
+    let all = schedules[kind].iter().filter(same).count();
+    (all, schedules[kind][..idx].iter().filter(same).count())
+}
+
+fn slot(schedules: &[Vec<Action>], kind: usize, idx: usize) -> Slot {
+    let split = parts_of_layer(schedules, kind, idx);
+    match &schedules[kind][idx].work {
+        Work::Embed => Slot::Embed,
+        Work::ReceiveHidden { .. } | Work::SendHidden { .. } => Slot::Hidden,
+        Work::Attention | Work::Project => Slot::Attention,
+        Work::Attend => Slot::Attend,
+        Work::AllReduce { of: MessageKind::QkNorm, .. } => Slot::SumNorm,
+        Work::AllReduce { of: MessageKind::Attention, .. } => Slot::SumAttention,
+        Work::AllReduce { .. } => Slot::SumMlp,
+        Work::Mlp => Slot::Mlp,
+        Work::Route => Slot::Route,
+        Work::SharedExpert => Slot::SharedExpert,
+        Work::Dispatch { .. } => Slot::Dispatch,
+        Work::Relay { .. } => Slot::Relay,
+        Work::Experts { .. } => match split {
+            (2, 0) => Slot::ExpertsNear,
+            (2, _) => Slot::ExpertsFar,
+            _ => Slot::Experts,
+        },
+        Work::Answer { .. } => match split {
+            (2, 0) => Slot::AnswerNear,
+            _ => Slot::Answer,
+        },
+        Work::Combine { .. } => Slot::Combine,
+        Work::AllGather { .. } => Slot::AllGather,
+        Work::Head => Slot::Head,
+        Work::GatherLogits { .. } => Slot::GatherLogits,
+        Work::Sample => Slot::Sample,
+    }
+}
+
+/// A model of as many layers of each kind.
+fn layers_of(model: &ModelSpec, structure: &Structure) -> ModelSpec {
+    let of_kind = |is_moe: bool, count: usize| {
+        let layer = model.layers.iter().find(|ffn| ffn.as_moe().is_some() == is_moe);
+        std::iter::repeat_n(layer, count).flatten().cloned()
+    };
+    let layers: Vec<Ffn> = of_kind(false, structure.dense).chain(of_kind(true, structure.moe)).collect();
+    ModelSpec { layers, num_mtp_layers: 0, ..model.clone() }
+}
+
+/// The smallest plan of this structure: two ranks of everything that there are several of.
+fn surrogate(model: &ModelSpec, structure: &Structure) -> Result<Plan, PlannerError> {
+    let &Structure { tp, placed, separate, nodes, two_level, overlap, micro_batches, .. } = structure;
+    let placed = placed && structure.moe > 0;
+    let tp = if tp { 2 } else { 1 };
+    // Each node has two ranks with rows, so that some rows stay on the node and some leave it.
+    let dp = match (placed, nodes) {
+        (true, true) => 4 / tp,
+        (true, false) => 2 / tp,
+        (false, _) => 1,
+    };
+    let attention = tp * dp;
+    let ep = match (placed, separate) {
+        (true, true) => 2,
+        (true, false) => attention,
+        (false, _) => 1,
+    };
+    let ranks = attention + if separate && placed { ep } else { 0 };
+    let mut file = PlanFile::new("structure", Mesh { tp, pp: 1, dp, ep }, ranks);
+    file.moe.pool = if separate && placed { Pool::Separate } else { Pool::Shared };
+    file.moe.max_experts_per_rank = Some(usize::MAX);
+    file.micro_batches = micro_batches;
+    file.overlap = overlap;
+    file.all_reduce = Some(AllReduce::Flat);
+    file.exchange.route = if two_level { ExchangeRoute::TwoLevel } else { ExchangeRoute::Direct };
+    Ok(Plan::new(file, model, &boundless(ranks, if nodes { 2 } else { ranks }))?)
+}
+
+impl Structure {
+    /// Whether the query/key norm is summed over ranks.
+    pub fn sums_norm(&self, model: &ModelSpec) -> bool {
+        self.tp && matches!(&model.attention, Attention::Gqa(gqa) if gqa.qk_norm == QkNorm::FullWidth)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn structure() -> Structure {
+        Structure {
+            tp: false,
+            placed: true,
+            separate: false,
+            nodes: false,
+            two_level: false,
+            overlap: Overlap::MicroBatches,
+            micro_batches: 1,
+            dense: 0,
+            moe: 2,
+        }
+    }
+
+    fn seconds(structure: &Structure, durations: &Durations) -> f64 {
+        let model = moesaic_spec::preset("mixtral-8x7b").unwrap().spec().unwrap();
+        Dag::new(&model, structure).unwrap().walk(durations, &mut Vec::new()).seconds
+    }
+
+    /// Two layers of attention 1 s, dispatch 10 s, experts 100 s, answer 1000 s.
+    fn durations() -> Durations {
+        let mut durations = Durations::default();
+        for (slot, seconds) in [
+            (Slot::Attention, 1.0),
+            (Slot::Dispatch, 10.0),
+            (Slot::Experts, 100.0),
+            (Slot::Answer, 1000.0),
+        ] {
+            durations[slot] = seconds;
+        }
+        durations
+    }
+
+    #[test]
+    fn one_micro_batch_does_one_thing_after_the_other() {
+        assert_eq!(seconds(&structure(), &durations()), 2222.0);
+        assert_eq!(seconds(&Structure { separate: true, ..structure() }, &durations()), 2222.0);
+    }
+
+    /// With two micro-batches, the exchange of one hides behind the computing of the other.
+    #[test]
+    fn two_micro_batches_overlap() {
+        let mut durations = Durations::default();
+        for slot in [Slot::Attention, Slot::Dispatch, Slot::Experts, Slot::Answer] {
+            durations[slot] = 1.0;
+        }
+        let two = Structure { micro_batches: 2, ..structure() };
+        let overlapped = seconds(&two, &durations);
+        let serial = seconds(&Structure { overlap: Overlap::None, ..two }, &durations);
+        assert_eq!(serial, 16.0);
+        assert!(overlapped <= 10.0, "{overlapped}");
+        let pools = seconds(&Structure { separate: true, ..two }, &durations);
+        assert!(pools <= overlapped, "{pools}");
+    }
+
+    #[test]
+    fn rows_of_the_own_node_need_not_wait_for_the_network() {
+        let mut durations = Durations::default();
+        for (slot, seconds) in
+            [(Slot::Dispatch, 10.0), (Slot::DispatchNear, 1.0), (Slot::ExpertsNear, 4.0), (Slot::ExpertsFar, 4.0)]
+        {
+            durations[slot] = seconds;
+        }
+        let arrivals = Structure { nodes: true, overlap: Overlap::Arrivals, moe: 1, ..structure() };
+        assert_eq!(seconds(&arrivals, &durations), 14.0);
+    }
+
+    #[test]
+    fn every_structure_has_an_order() {
+        for bits in 0..64u32 {
+            let bit = |n: u32| bits >> n & 1 == 1;
+            let structure = Structure {
+                tp: bit(0),
+                placed: bit(1),
+                separate: bit(1) && bit(2),
+                nodes: bit(3),
+                two_level: bit(4),
+                overlap: if bit(5) { Overlap::Arrivals } else { Overlap::None },
+                micro_batches: 3,
+                dense: 1,
+                moe: 2,
+            };
+            for name in ["deepseek-v3", "olmoe-1b-7b", "mixtral-8x7b"] {
+                let model = moesaic_spec::preset(name).unwrap().spec().unwrap();
+                let dag = Dag::new(&model, &structure).unwrap();
+                assert_eq!(dag.kinds, if structure.separate { 2 } else { 1 });
+            }
+        }
+    }
+}
