@@ -188,7 +188,7 @@ pub struct Exchange {
 }
 
 /// Type of the values on the way.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExchangePrecision {
     /// As computed (BF16 or F32): exact.

@@ -10,6 +10,28 @@ pub enum PlannerError {
     /// The model cannot be cut as asked.
     #[error(transparent)]
     Plan(#[from] moesaic_plan::PlanError),
+    /// Weights, activations and one request are more than a GPU holds.
+    #[error(
+        "does not fit on {gpus} GPUs: weights of {weights}, activations, messages and the KV cache of one request of \
+         {longest} tokens take {needed} of {gpu}, of which {budget} may be used (room for {kv_tokens} tokens); more GPUs, \
+         shorter requests or smaller weights would fit"
+    )]
+    DoesNotFit {
+        /// GPUs of the plan.
+        gpus: usize,
+        /// Their name.
+        gpu: String,
+        /// What may be used of one.
+        budget: moesaic_spec::Bytes,
+        /// Weights of the fullest rank.
+        weights: moesaic_spec::Bytes,
+        /// All that the fullest rank needs.
+        needed: moesaic_spec::Bytes,
+        /// Tokens that the KV cache would hold.
+        kv_tokens: u64,
+        /// Tokens of a request.
+        longest: u64,
+    },
     /// The model's own forward pass refuses it.
     #[error(transparent)]
     Model(#[from] moesaic_model::ModelError),

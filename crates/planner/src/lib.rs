@@ -4,7 +4,7 @@
 //! replays those records on a virtual clock that is priced for a cluster ([`clock`]), sums them up ([`metrics`]), draws
 //! them ([`trace`]), and sets strategies side by side ([`report`]).
 //!
-//! [`network`] prices communication on a cluster's links; [`load`] says how full the fullest rank is.
+//! [`network`] prices communication on a cluster's links.
 //!
 //! This crate must never be imported by what runs a model, and needs no device. It gets plain records, and knows neither
 //! the engine nor the wall clock.
@@ -33,13 +33,17 @@
 
 pub mod clock;
 pub mod cost;
+pub mod energy;
 pub mod error;
-pub mod load;
 pub mod iteration;
+pub mod load;
+pub mod memory;
 pub mod metrics;
 pub mod network;
+pub mod predict;
 pub mod record;
 pub mod report;
+pub mod serving;
 pub mod trace;
 
 pub use clock::{ClockSettings, StepInput, StepTimes, VirtualClock};

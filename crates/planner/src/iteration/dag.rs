@@ -66,6 +66,55 @@ pub enum Slot {
 /// How many slots there are.
 pub const SLOTS: usize = Slot::Hidden as usize + 1;
 
+impl Slot {
+    /// All, in order.
+    pub const ALL: [Slot; SLOTS] = [
+        Slot::Embed,
+        Slot::Attention,
+        Slot::Attend,
+        Slot::Mlp,
+        Slot::Route,
+        Slot::SharedExpert,
+        Slot::Experts,
+        Slot::ExpertsNear,
+        Slot::ExpertsFar,
+        Slot::Combine,
+        Slot::Head,
+        Slot::Sample,
+        Slot::SumNorm,
+        Slot::SumAttention,
+        Slot::SumMlp,
+        Slot::Dispatch,
+        Slot::DispatchNear,
+        Slot::Relay,
+        Slot::Answer,
+        Slot::AnswerNear,
+        Slot::AllGather,
+        Slot::GatherLogits,
+        Slot::Hidden,
+    ];
+
+    /// How often a micro-batch pays for it in so many dense and MoE layers. Slots that are parts of another count once, in
+    /// that one.
+    pub fn times(self, dense: usize, moe: usize) -> f64 {
+        let times = match self {
+            Slot::Attention | Slot::SumNorm | Slot::SumAttention | Slot::SumMlp => dense + moe,
+            Slot::Mlp => dense,
+            Slot::Route
+            | Slot::SharedExpert
+            | Slot::Experts
+            | Slot::Combine
+            | Slot::Dispatch
+            | Slot::Relay
+            | Slot::Answer
+            | Slot::AllGather => moe,
+            Slot::Embed | Slot::Head | Slot::Sample | Slot::GatherLogits | Slot::Hidden => 1,
+            Slot::Attend | Slot::ExpertsNear | Slot::ExpertsFar | Slot::DispatchNear | Slot::AnswerNear => 0,
+        };
+        times as f64
+    }
+}
+
 /// Seconds by slot.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Durations(pub [f64; SLOTS]);
@@ -256,7 +305,7 @@ fn node(schedules: &[Vec<Action>], places: &[Vec<Option<u32>>], kind: usize, idx
         _ => {}
     }
     let lane = 2 * kind + usize::from(action.lane == Lane::Comm);
-    Some(Node { slot: slot(schedules, kind, idx), lane, needs })
+    Some(Node { slot: slot_of_action(schedules, kind, idx), lane, needs })
 }
 
 /// Whether an action works on rows of the own node only, and another one on those of other nodes.
@@ -275,7 +324,7 @@ fn parts_of_layer(schedules: &[Vec<Action>], kind: usize, idx: usize) -> (usize,
     (all, schedules[kind][..idx].iter().filter(same).count())
 }
 
-fn slot(schedules: &[Vec<Action>], kind: usize, idx: usize) -> Slot {
+fn slot_of_action(schedules: &[Vec<Action>], kind: usize, idx: usize) -> Slot {
     let split = parts_of_layer(schedules, kind, idx);
     match &schedules[kind][idx].work {
         Work::Embed => Slot::Embed,
@@ -378,12 +427,9 @@ mod tests {
     /// Two layers of attention 1 s, dispatch 10 s, experts 100 s, answer 1000 s.
     fn durations() -> Durations {
         let mut durations = Durations::default();
-        for (slot, seconds) in [
-            (Slot::Attention, 1.0),
-            (Slot::Dispatch, 10.0),
-            (Slot::Experts, 100.0),
-            (Slot::Answer, 1000.0),
-        ] {
+        for (slot, seconds) in
+            [(Slot::Attention, 1.0), (Slot::Dispatch, 10.0), (Slot::Experts, 100.0), (Slot::Answer, 1000.0)]
+        {
             durations[slot] = seconds;
         }
         durations

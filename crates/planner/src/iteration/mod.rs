@@ -1,4 +1,664 @@
-//! What one iteration of a plan takes.
+//! What one iteration of a plan takes: the second level of detail, between bounds and the simulation of events.
+//!
+//! [`parts`] says what a rank's parts do, from the model's forward pass on `Meta`; [`dag`] how they wait for each other,
+//! from the plan's schedule. Here both are priced for a cluster and a batch. Each kind of rank is priced once, and each cost
+//! is worked out once for each size ([`curve`]), so that a search can ask a hundred thousand times a second.
 
+mod curve;
 pub mod dag;
+pub mod layout;
 pub mod parts;
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use moesaic_plan::plan::ExchangePrecision;
+use moesaic_plan::{AllReduce, Collective};
+use moesaic_spec::{Cluster, ModelSpec, Moe};
+
+pub use layout::{ExpertLayout, Layout};
+
+use crate::PlannerError;
+use crate::cost::{CostModel, Op, Precision, Price};
+use crate::load::ExpertLoad;
+use crate::memory::Footprint;
+use crate::network::{Algorithm, Copies, Exchange, Group, M2n, Mode, Network};
+use curve::{Curve, Surface};
+use dag::{Dag, Durations, SLOTS, Slot, Structure};
+use parts::{Cut, Part, PartOp, Parts};
+
+/// What one rank spends.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Seconds.
+    pub seconds: f64,
+    /// Standard deviation of the seconds, all ops of a part being wrong in the same direction.
+    pub deviation: f64,
+    /// Floating-point operations.
+    pub flops: f64,
+    /// Bytes of memory traffic.
+    pub bytes: f64,
+    /// Bytes sent to other ranks.
+    pub sent: f64,
+    /// Seconds that come from measured tables, from the roofline and from the learned predictor.
+    pub by_source: [f64; 3],
+}
+
+impl Cost {
+    fn of_op(op: &Op, price: Price) -> Cost {
+        Cost { flops: op.flops(), bytes: op.bytes(), ..Cost::of(price) }
+    }
+
+    fn of(price: Price) -> Cost {
+        let mut by_source = [0.0; 3];
+        by_source[price.source as usize] = price.seconds;
+        Cost { seconds: price.seconds, deviation: price.seconds * price.sd, by_source, ..Cost::default() }
+    }
+
+    fn map(self, other: Cost, f: impl Fn(f64, f64) -> f64) -> Cost {
+        let source = |idx: usize| f(self.by_source[idx], other.by_source[idx]);
+        Cost {
+            seconds: f(self.seconds, other.seconds),
+            deviation: f(self.deviation, other.deviation),
+            flops: f(self.flops, other.flops),
+            bytes: f(self.bytes, other.bytes),
+            sent: f(self.sent, other.sent),
+            by_source: [source(0), source(1), source(2)],
+        }
+    }
+
+    fn plus(self, other: Cost) -> Cost {
+        self.map(other, |a, b| a + b)
+    }
+
+    fn times(self, factor: f64) -> Cost {
+        self.map(self, |a, _| a * factor)
+    }
+
+    fn towards(self, other: Cost, share: f64) -> Cost {
+        self.map(other, |a, b| a + (b - a) * share)
+    }
+}
+
+/// Types that weights and cache are held in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Formats {
+    /// Weights of attention, dense MLPs and shared experts.
+    pub dense: Precision,
+    /// Weights of routed experts.
+    pub experts: Precision,
+    /// Keys and values.
+    pub kv: Precision,
+}
+
+/// What one data-parallel group has in one iteration. Every group has the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// Sequences that get one more token.
+    pub decodes: f64,
+    /// Tokens in the cache of each, in the mean.
+    pub context: f64,
+    /// Tokens of prompts.
+    pub prefill_tokens: f64,
+    /// Prompts that they are of.
+    pub prefills: f64,
+    /// Tokens in the cache before them, for each prompt, in the mean.
+    pub prefill_context: f64,
+    /// Prompts that are read to their end.
+    pub finished_prefills: f64,
+}
+
+impl Batch {
+    /// Decoding only.
+    pub fn decode(seqs: f64, context: f64) -> Batch {
+        Batch { decodes: seqs, context, ..Batch::default() }
+    }
+
+    /// Whole prompts only.
+    pub fn prefill(prompts: f64, tokens: f64) -> Batch {
+        Batch { prefill_tokens: prompts * tokens, prefills: prompts, finished_prefills: prompts, ..Batch::default() }
+    }
+
+    /// Rows of the residual stream.
+    pub fn rows(&self) -> f64 {
+        self.decodes + self.prefill_tokens
+    }
+
+    /// One of so many equal parts.
+    fn part(self, parts: f64) -> Batch {
+        Batch {
+            decodes: self.decodes / parts,
+            prefill_tokens: self.prefill_tokens / parts,
+            prefills: self.prefills / parts,
+            finished_prefills: self.finished_prefills / parts,
+            ..self
+        }
+    }
+}
+
+/// What an iteration takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Iteration {
+    /// Seconds until each sequence of the batch has its next token, in steady state.
+    pub seconds: f64,
+    /// Standard deviation of that.
+    pub deviation: f64,
+    /// Seconds of one rank by slot of the graph, all layers and micro-batches together.
+    pub slots: Durations,
+    /// Spent by a rank with attention (and, where they share ranks, its experts).
+    pub attention_rank: Cost,
+    /// Spent by a rank of an expert pool.
+    pub expert_rank: Cost,
+    /// Seconds for which the compute lane of a rank with attention works.
+    pub computing: f64,
+    /// Greatest load of a rank with experts over the mean.
+    pub imbalance: f64,
+    /// Parts that the step was cut into.
+    pub micro_batches: usize,
+}
+
+impl Iteration {
+    /// Seconds of communication of a class, on a rank with attention.
+    pub fn communication(&self, class: Collective) -> f64 {
+        let slots: &[Slot] = match class {
+            Collective::AllReduce => &[Slot::SumNorm, Slot::SumAttention, Slot::SumMlp],
+            Collective::AllToAll => &[Slot::Dispatch, Slot::Relay, Slot::Answer, Slot::AnswerNear],
+            Collective::SendReceive => &[Slot::Hidden],
+            Collective::AllGather => &[Slot::AllGather, Slot::GatherLogits],
+            Collective::Broadcast => &[],
+        };
+        slots.iter().map(|&slot| self.slots[slot]).sum()
+    }
+
+    /// Seconds in which a rank with attention does not compute: communication that nothing hides, and waiting.
+    pub fn exposed(&self) -> f64 {
+        (self.seconds - self.computing).max(0.0)
+    }
+}
+
+/// Prices iterations of one model on one cluster.
+pub struct Iterations<'a> {
+    model: &'a ModelSpec,
+    cluster: &'a Cluster,
+    formats: Formats,
+    costs: CostModel,
+    network: Network,
+    load: Option<Arc<ExpertLoad>>,
+    parts: HashMap<Cut, Rc<Parts>>,
+    part_costs: HashMap<(Cut, Part), Curve>,
+    cores: HashMap<Cut, (Surface, Surface)>,
+    experts: HashMap<ExpertKey, Curve>,
+    imbalance: HashMap<ExpertKey, Curve>,
+    sums: HashMap<usize, Curve>,
+    exchanges: HashMap<ExchangeKey, (Curve, Curve)>,
+    dags: HashMap<Structure, Dag>,
+    times: Vec<(f64, f64)>,
+}
+
+/// What the experts' share of a layer depends on, besides the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct ExpertKey {
+    layout: ExpertLayout,
+    tp: usize,
+    redundant: usize,
+    balanced: bool,
+}
+
+/// What an exchange depends on, besides the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct ExchangeKey {
+    expert: ExpertKey,
+    dp: usize,
+    precision: ExchangePrecision,
+    two_level: bool,
+}
+
+/// Bytes of a number of the residual stream between ranks.
+const ROW_BYTES: f64 = 2.0;
+/// Bytes of a number that is sent in 8 bits, its share of a block's factor included.
+const COMPRESSED_BYTES: f64 = 1.0 + 4.0 / 128.0;
+/// Multiprocessors that the kernels for many tokens use; DeepEP's default.
+const EXCHANGE_SMS: usize = 20;
+/// Tokens of a rank up to which the kernels for few tokens are used.
+const LOW_LATENCY_TOKENS: f64 = 512.0;
+
+impl<'a> Iterations<'a> {
+    /// For one model on one cluster. Without `load`, all experts are loaded alike.
+    pub fn new(
+        model: &'a ModelSpec,
+        cluster: &'a Cluster,
+        formats: Formats,
+        costs: CostModel,
+        network: Network,
+        load: Option<Arc<ExpertLoad>>,
+    ) -> Iterations<'a> {
+        Iterations {
+            model,
+            cluster,
+            formats,
+            costs,
+            network,
+            load,
+            parts: HashMap::new(),
+            part_costs: HashMap::new(),
+            cores: HashMap::new(),
+            experts: HashMap::new(),
+            imbalance: HashMap::new(),
+            sums: HashMap::new(),
+            exchanges: HashMap::new(),
+            dags: HashMap::new(),
+            times: Vec::new(),
+        }
+    }
+
+    /// Prices an iteration in which every data-parallel group has this batch.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn price(&mut self, layout: &Layout, batch: &Batch) -> Result<Iteration, PlannerError> {
+        let micro_batches = (layout.micro_batches as f64).min(batch.rows().floor()).max(1.0);
+        let part = batch.part(micro_batches);
+        let micro_batches = micro_batches as usize;
+        let (dense, moe) = layout.fullest_stage(self.model);
+        let layer = self.layer(layout, &part)?;
+        match layout.pp {
+            1 => self.whole(layout, &layer, micro_batches, dense, moe),
+            _ => self.pipelined(layout, &layer, micro_batches, dense, moe),
+        }
+    }
+
+    /// What the ranks of a layout hold, for steps of at most so many tokens of one data-parallel group.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn footprint(&mut self, layout: &Layout, step_tokens: f64) -> Result<Footprint, PlannerError> {
+        let parts = self.parts(&layout.cut())?;
+        Ok(Footprint::new(self.model, layout, self.formats, &parts, step_tokens))
+    }
+
+    /// The model.
+    pub fn model(&self) -> &'a ModelSpec {
+        self.model
+    }
+
+    /// The cluster.
+    pub fn cluster(&self) -> &'a Cluster {
+        self.cluster
+    }
+
+    /// Types of weights and cache.
+    pub fn formats(&self) -> Formats {
+        self.formats
+    }
+
+    /// All layers on the same ranks: micro-batches may overlap.
+    fn whole(
+        &mut self,
+        layout: &Layout,
+        layer: &Layer,
+        micro_batches: usize,
+        dense: usize,
+        moe: usize,
+    ) -> Result<Iteration, PlannerError> {
+        // From the third MoE layer on, each adds the same; so does each dense layer.
+        let mut walk = |dense: usize, moe: usize| self.walk(layout, layer, micro_batches, dense, moe);
+        let (few_dense, few_moe) = (dense.min(1), moe.min(3));
+        let few = walk(few_dense, few_moe)?;
+        let mut seconds = few.seconds;
+        let mut computing = few.computing[0];
+        if moe > 3 {
+            let fewer = walk(few_dense, 2)?;
+            seconds += (moe - 3) as f64 * (few.seconds - fewer.seconds);
+            computing += (moe - 3) as f64 * (few.computing[0] - fewer.computing[0]);
+        }
+        if dense > 1 {
+            let two = walk(2, few_moe)?;
+            seconds += (dense - 1) as f64 * (two.seconds - few.seconds);
+            computing += (dense - 1) as f64 * (two.computing[0] - few.computing[0]);
+        }
+        Ok(layer.iteration(seconds, computing, micro_batches, dense, moe))
+    }
+
+    /// Stages take turns with the micro-batches: a batch comes round when all stages have had it, and the slowest stage all
+    /// micro-batches.
+    fn pipelined(
+        &mut self,
+        layout: &Layout,
+        layer: &Layer,
+        micro_batches: usize,
+        dense: usize,
+        moe: usize,
+    ) -> Result<Iteration, PlannerError> {
+        let one = self.whole(&Layout { pp: 1, ..layout.clone() }, layer, 1, dense, moe)?;
+        let stage = one.seconds + layer.durations[Slot::Hidden];
+        let turns = micro_batches.max(layout.pp) as f64;
+        let mut iteration =
+            layer.iteration(turns * stage, one.computing * micro_batches as f64, micro_batches, dense, moe);
+        iteration.slots[Slot::Hidden] = layer.durations[Slot::Hidden] * micro_batches as f64;
+        Ok(iteration)
+    }
+
+    fn walk(
+        &mut self,
+        layout: &Layout,
+        layer: &Layer,
+        micro_batches: usize,
+        dense: usize,
+        moe: usize,
+    ) -> Result<dag::Walk, PlannerError> {
+        let structure = layout.structure(micro_batches, dense, moe);
+        if !self.dags.contains_key(&structure) {
+            self.dags.insert(structure, Dag::new(self.model, &structure)?);
+        }
+        Ok(self.dags[&structure].walk(&layer.durations, &mut self.times))
+    }
+
+    /// What each slot takes for one micro-batch in one layer.
+    fn layer(&mut self, layout: &Layout, batch: &Batch) -> Result<Layer, PlannerError> {
+        let cut = layout.cut();
+        let parts = self.parts(&cut)?;
+        let rows = batch.rows();
+        let samples = batch.decodes + batch.finished_prefills;
+        let mut layer = Layer::default();
+        for part in Part::ALL {
+            let size = if matches!(part, Part::Head | Part::Sample) { samples } else { rows };
+            if part != Part::Experts && size > 0.0 {
+                layer.add(slot_of(part), self.part(&cut, &parts, part, size));
+            }
+        }
+        layer.add(Slot::Attention, self.core(&cut, &parts, batch));
+        self.add_sums(layout, rows, samples, &mut layer);
+        if let Some(moe) = self.model.layers.iter().find_map(|ffn| ffn.as_moe()) {
+            self.add_experts(layout, &cut, &parts, moe, rows, &mut layer);
+        }
+        Ok(layer)
+    }
+
+    fn parts(&mut self, cut: &Cut) -> Result<Rc<Parts>, PlannerError> {
+        if let Some(parts) = self.parts.get(cut) {
+            return Ok(parts.clone());
+        }
+        let parts = Rc::new(Parts::trace(self.model, cut)?);
+        self.parts.insert(cut.clone(), parts.clone());
+        Ok(parts)
+    }
+
+    /// A part's ops but for attention's core and the routed experts.
+    fn part(&mut self, cut: &Cut, parts: &Parts, part: Part, rows: f64) -> Cost {
+        let (costs, formats) = (&self.costs, self.formats);
+        let curve = self.part_costs.entry((cut.clone(), part)).or_default();
+        curve.at(rows, |rows| {
+            let price = |op: &PartOp| {
+                let op = match *op {
+                    PartOp::Gemm { rows: m, n, k, expert } => {
+                        let weights = if expert { formats.experts } else { formats.dense };
+                        Op::Gemm { m: m.at(rows), n: n as f64, k: k as f64, weights }
+                    }
+                    PartOp::Stream { flops, bytes } => {
+                        Op::Stream { flops: flops.at(rows), bytes: bytes.at(rows), precision: Precision::Bf16 }
+                    }
+                    _ => return Cost::default(),
+                };
+                Cost::of_op(&op, costs.price(&op))
+            };
+            parts.ops(part).iter().map(price).fold(Cost::default(), Cost::plus)
+        })
+    }
+
+    /// Attention over the cache, decodes and prompts apart.
+    fn core(&mut self, cut: &Cut, parts: &Parts, batch: &Batch) -> Cost {
+        let core = parts
+            .ops(Part::Attention)
+            .iter()
+            .find(|op| matches!(op, PartOp::AttentionCore { .. } | PartOp::MlaCore { .. }));
+        let core = core.expect("every layer has attention");
+        let (costs, kv) = (&self.costs, self.formats.kv);
+        let (decodes, prefills) = self.cores.entry(cut.clone()).or_default();
+        let mut cost = Cost::default();
+        let price = |op: Op| Cost::of_op(&op, costs.price(&op));
+        if batch.decodes > 0.0 {
+            cost = decodes.at(batch.decodes, batch.context, |seqs, context| price(core.decode(seqs, context, kv)));
+        }
+        if batch.prefill_tokens > 0.0 {
+            // One prompt at a time: each has a causal mask of its own.
+            let prompts = batch.prefills.max(1.0);
+            let tokens = batch.prefill_tokens / prompts;
+            let of_one = prefills.at(tokens, 1.0 + batch.prefill_context, |tokens, before| {
+                price(core.prefill(1.0, tokens, tokens + before - 1.0, kv))
+            });
+            cost = cost.plus(of_one.times(prompts));
+        }
+        cost
+    }
+
+    /// Sums and gathers of a tensor-parallel group, and what goes to the next stage.
+    fn add_sums(&mut self, layout: &Layout, rows: f64, samples: f64, layer: &mut Layer) {
+        let hidden = self.model.hidden_size as f64;
+        if layout.pp > 1 {
+            let stage = layout.ranks() / layout.pp;
+            let class = if stage >= self.cluster.gpus_per_node || layout.ranks() > self.cluster.gpus_per_node {
+                moesaic_spec::LinkClass::InterNode
+            } else {
+                moesaic_spec::LinkClass::IntraNode
+            };
+            let bytes = rows * hidden * ROW_BYTES;
+            layer.add(Slot::Hidden, sent(self.network.point_to_point(bytes, class), bytes));
+        }
+        if layout.tp == 1 {
+            return;
+        }
+        let group = Group::packed(layout.tp, layout.gpus_per_node);
+        let (network, algorithm) = (&self.network, algorithm(layout));
+        let sum = self.sums.entry(layout.tp).or_default().at(rows, |rows| {
+            let bytes = rows * hidden * ROW_BYTES;
+            sent(network.all_reduce(bytes, group, algorithm), 2.0 * bytes)
+        });
+        layer.add(Slot::SumAttention, sum);
+        layer.add(Slot::SumMlp, sum);
+        if layout.structure(1, 0, 1).sums_norm(self.model) {
+            let bytes = rows * 8.0;
+            layer.add(Slot::SumNorm, sent(network.all_reduce(bytes, group, algorithm), 2.0 * bytes));
+        }
+        if layout.experts.exchanges() {
+            let bytes = rows * hidden * ROW_BYTES;
+            layer.add(Slot::AllGather, sent(network.all_gather(bytes, group), bytes));
+        }
+        let logits = samples * self.model.vocab_size as f64 * 4.0;
+        layer.add(Slot::GatherLogits, sent(network.all_gather(logits, group), logits / layout.tp as f64));
+    }
+
+    /// Routed experts, and the way to them and back.
+    fn add_experts(&mut self, layout: &Layout, cut: &Cut, parts: &Parts, moe: &Moe, rows: f64, layer: &mut Layer) {
+        let key = ExpertKey {
+            layout: layout.experts,
+            tp: layout.expert_cut(),
+            redundant: layout.redundant_experts,
+            balanced: layout.balanced,
+        };
+        // Rows of all groups meet at placed experts; a group alone has its own otherwise.
+        let groups = if layout.experts.exchanges() { layout.dp as f64 } else { 1.0 };
+        let tokens = rows * groups;
+        let (load, ranks) = (&self.load, layout.expert_ranks());
+        let imbalance = self.imbalance.entry(key).or_default().at(tokens, |tokens| {
+            let straggler = |load: &Arc<ExpertLoad>| load.straggler(tokens, ranks, key.redundant, key.balanced).mean;
+            Cost { seconds: load.as_ref().map_or(1.0, straggler), ..Cost::default() }
+        });
+        layer.imbalance = imbalance.seconds.max(1.0);
+        let fullest = tokens * layer.imbalance;
+        let experts = self.routed(layout, key, moe, fullest);
+        // Rows are put in order around them: what the rank's own trace says, for as many rows as reach it.
+        let around = self.part(cut, parts, Part::Experts, fullest / groups);
+        let all = experts.plus(around);
+        layer.add(Slot::Experts, all);
+        if !layout.experts.exchanges() {
+            return;
+        }
+        let (out, back) = self.exchange(layout, key, moe, rows);
+        layer.add(Slot::Dispatch, out);
+        layer.add(Slot::Answer, back);
+        // A part of the rows stays on the node: it arrives over NVLink, and is worked on first.
+        let nodes = (ranks as f64 / layout.gpus_per_node as f64).max(1.0);
+        let near = 1.0 / nodes;
+        layer.durations[Slot::DispatchNear] = out.seconds * near;
+        layer.durations[Slot::AnswerNear] = back.seconds * near;
+        let [of_near, of_far] = [near, 1.0 - near].map(|share| {
+            let routed = self.routed(layout, key, moe, fullest * share);
+            routed.seconds + around.seconds * share
+        });
+        layer.durations[Slot::ExpertsNear] = of_near;
+        layer.durations[Slot::ExpertsFar] = of_far;
+    }
+
+    /// The routed experts of one rank, when all ranks together have so many tokens.
+    fn routed(&mut self, layout: &Layout, key: ExpertKey, moe: &Moe, tokens: f64) -> Cost {
+        let (costs, weights, hidden) = (&self.costs, self.formats.experts, self.model.hidden_size as f64);
+        self.experts.entry(key).or_default().at(tokens, |tokens| {
+            let op = Op::Experts {
+                tokens,
+                hidden,
+                intermediate: moe.intermediate_size as f64,
+                top_k: moe.top_k as f64,
+                experts: (moe.num_experts + layout.redundant_experts) as f64,
+                tp: layout.expert_cut() as f64,
+                ep: layout.expert_ranks() as f64,
+                weights,
+                matrices: moe.activation.matrices(),
+                skew: 0.0,
+            };
+            Cost::of_op(&op, costs.price(&op))
+        })
+    }
+
+    /// Rows to the experts and back, for one micro-batch of one layer.
+    fn exchange(&mut self, layout: &Layout, expert: ExpertKey, moe: &Moe, rows: f64) -> (Cost, Cost) {
+        let key = ExchangeKey { expert, dp: layout.dp, precision: layout.precision, two_level: layout.two_level };
+        let (network, hidden) = (&self.network, self.model.hidden_size);
+        let per_value = match layout.precision {
+            ExchangePrecision::Full => ROW_BYTES,
+            _ => COMPRESSED_BYTES,
+        };
+        let copies = if layout.two_level { Copies::PerNode } else { Copies::PerRank };
+        let experts = moe.num_experts + layout.redundant_experts;
+        let ranks = layout.expert_ranks();
+        let exchange = |rows: f64| Exchange {
+            tokens_per_rank: rows,
+            hidden,
+            top_k: moe.top_k,
+            experts,
+            group: Group::packed(ranks, layout.gpus_per_node),
+            bytes_per_value_out: per_value,
+            bytes_per_value_back: per_value,
+            copies,
+            max_over_mean: 1.0,
+            mode: if rows <= LOW_LATENCY_TOKENS { Mode::LowLatency } else { Mode::Normal },
+            sms: EXCHANGE_SMS,
+        };
+        let attention = layout.tp * layout.dp;
+        let between_pools = |rows: f64, back: bool| {
+            let attention = Group::packed(attention, layout.gpus_per_node);
+            let pool = Group::packed(ranks, layout.gpus_per_node);
+            let (senders, receivers) = if back { (pool, attention) } else { (attention, pool) };
+            let across = match self.cluster.nodes > 1 && layout.ranks() > layout.gpus_per_node {
+                true => moesaic_spec::LinkClass::InterNode,
+                false => moesaic_spec::LinkClass::IntraNode,
+            };
+            M2n {
+                senders,
+                receivers,
+                tokens: rows * attention.ranks as f64,
+                hidden,
+                top_k: moe.top_k,
+                experts,
+                bytes_per_value: per_value,
+                copies,
+                max_over_mean: 1.0,
+                across,
+            }
+        };
+        let (out, back) = self.exchanges.entry(key).or_default();
+        // With heads split, each rank of a group sends an equal share of the group's rows.
+        let rows = rows / layout.tp as f64;
+        match layout.experts {
+            ExpertLayout::Pool { .. } => (
+                out.at(rows, |rows| sent(network.m_to_n(&between_pools(rows, false)), 0.0)),
+                back.at(rows, |rows| sent(network.m_to_n(&between_pools(rows, true)), 0.0)),
+            ),
+            _ => {
+                let bytes = |rows: f64| {
+                    let all = exchange(rows).rows();
+                    (all.intra_rows + all.inter_rows) * hidden as f64 * per_value
+                };
+                (
+                    out.at(rows, |rows| sent(network.dispatch(&exchange(rows)), bytes(rows))),
+                    back.at(rows, |rows| sent(network.combine(&exchange(rows)), bytes(rows))),
+                )
+            }
+        }
+    }
+}
+
+/// One layer of one micro-batch, by slot.
+#[derive(Clone, Copy, Debug, Default)]
+struct Layer {
+    durations: Durations,
+    costs: [Cost; SLOTS],
+    imbalance: f64,
+}
+
+impl Layer {
+    fn add(&mut self, slot: Slot, cost: Cost) {
+        self.durations[slot] += cost.seconds;
+        self.costs[slot as usize] = self.costs[slot as usize].plus(cost);
+    }
+
+    /// Puts together what all layers and micro-batches spend.
+    fn iteration(&self, seconds: f64, computing: f64, micro_batches: usize, dense: usize, moe: usize) -> Iteration {
+        let mut iteration =
+            Iteration { seconds, computing, micro_batches, imbalance: self.imbalance, ..Iteration::default() };
+        let mut variance = 0.0;
+        for slot in Slot::ALL {
+            let times = slot.times(dense, moe) * micro_batches as f64;
+            let cost = self.costs[slot as usize].times(times);
+            iteration.slots[slot] = cost.seconds;
+            variance += cost.deviation.powi(2);
+            match slot {
+                Slot::Experts if self.costs[Slot::Experts as usize].seconds > 0.0 => {
+                    iteration.expert_rank = iteration.expert_rank.plus(cost);
+                }
+                _ => iteration.attention_rank = iteration.attention_rank.plus(cost),
+            }
+        }
+        // What overlaps counts less; errors shrink with it.
+        let spent = iteration.attention_rank.seconds + iteration.expert_rank.seconds;
+        iteration.deviation = variance.sqrt() * (seconds / spent).min(1.0);
+        iteration
+    }
+}
+
+/// Where the time of a part goes.
+fn slot_of(part: Part) -> Slot {
+    match part {
+        Part::Embed => Slot::Embed,
+        Part::Attention => Slot::Attention,
+        Part::Mlp => Slot::Mlp,
+        Part::Route => Slot::Route,
+        Part::SharedExpert => Slot::SharedExpert,
+        Part::Experts => Slot::Experts,
+        Part::Combine => Slot::Combine,
+        Part::Head => Slot::Head,
+        Part::Sample => Slot::Sample,
+    }
+}
+
+fn algorithm(layout: &Layout) -> Algorithm {
+    match layout.all_reduce {
+        None => Algorithm::Best,
+        Some(AllReduce::Flat) => Algorithm::TwoShot,
+        Some(AllReduce::Hierarchical) => Algorithm::Hierarchical,
+    }
+}
+
+fn sent(price: Price, bytes: f64) -> Cost {
+    Cost { sent: bytes, ..Cost::of(price) }
+}

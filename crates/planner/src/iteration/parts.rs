@@ -12,6 +12,7 @@ use moesaic_plan::{Plan, PlanFile, Rank, Work};
 use moesaic_spec::{Bytes, Cluster, Ffn, Gpu, ModelSpec};
 
 use crate::PlannerError;
+use crate::cost::{Op, Precision};
 
 /// A kind of action that costs time on a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -149,6 +150,28 @@ pub struct Cut {
 #[derive(Clone, Debug)]
 pub struct Parts {
     ops: Vec<(Part, Vec<PartOp>)>,
+    bytes: PartBytes,
+}
+
+/// Bytes of one rank's parts, as stored on disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PartBytes {
+    /// Embedding, head and the last norm.
+    pub embedding_and_head: f64,
+    /// Attention and norms of one layer.
+    pub attention: f64,
+    /// The MLP of one dense layer.
+    pub dense_mlp: f64,
+    /// The router of one MoE layer.
+    pub router: f64,
+    /// The shared expert of one MoE layer.
+    pub shared_experts: f64,
+    /// One routed expert of one layer: whole where it is placed, a part where it is cut.
+    pub expert: f64,
+    /// One token in the KV cache of one layer, in 16 bits.
+    pub kv_per_token: f64,
+    /// Activations, by the rows of a micro-batch.
+    pub activations: Affine,
 }
 
 const LOW: usize = 64;
@@ -188,7 +211,19 @@ impl Parts {
                 None => ops.push((part, found.collect())),
             }
         }
-        Ok(Parts { ops })
+        let bound = |rows: usize| {
+            let seqs = vec![SeqShape { num_tokens: 1, context_len: CONTEXT, samples: true }; rows];
+            let bounds =
+                meta.bounds(StepShape { seqs: &seqs, block_size: BLOCK, all_logits: false, num_micro_batches: 1 })?;
+            Ok::<f64, PlannerError>(bounds.activations.0 as f64)
+        };
+        let activations = Affine::through(bound(LOW)?, bound(HIGH)?);
+        Ok(Parts { ops, bytes: part_bytes(&model, &plan, rank, activations) })
+    }
+
+    /// Bytes of the parts.
+    pub fn bytes(&self) -> &PartBytes {
+        &self.bytes
     }
 
     /// The ops of a part, in order; none where the model has no such part.
@@ -226,6 +261,28 @@ pub(crate) fn boundless(gpus: usize, gpus_per_node: usize) -> Cluster {
     let cluster = moesaic_spec::cluster_preset("dgx-h100-x2").expect("a preset");
     let gpu = Gpu { memory: Bytes(u64::MAX), ..cluster.gpu };
     Cluster { nodes: gpus.div_ceil(gpus_per_node), gpus_per_node, gpu, rank_map: Vec::new(), ..cluster }
+}
+
+/// What the plan says of the rank's memory, for one layer of each kind.
+fn part_bytes(model: &ModelSpec, plan: &Plan, rank: Rank, activations: Affine) -> PartBytes {
+    let memory = plan.rank_memory(model)[rank.idx()];
+    let layers = model.layers.len() as f64;
+    let moe = model.layers.iter().find_map(|ffn| ffn.as_moe());
+    let held = match plan.file.places_experts() {
+        true => plan.experts_of(rank).iter().map(Vec::len).sum(),
+        false => moe.map_or(1, |moe| moe.num_experts),
+    };
+    // One layer of each kind at most, so what only one kind has is of one layer.
+    PartBytes {
+        embedding_and_head: memory.embedding_and_head as f64,
+        attention: memory.attention as f64 / layers,
+        dense_mlp: memory.dense_mlp as f64,
+        router: memory.router as f64,
+        shared_experts: memory.shared_experts as f64,
+        expert: memory.routed_experts as f64 / held.max(1) as f64,
+        kv_per_token: memory.kv_bytes_per_token as f64 / layers / model.dtype.compute().size_bytes() as f64 * 2.0,
+        activations,
+    }
 }
 
 /// The same call of two runs as ops of any size.
@@ -269,13 +326,34 @@ fn dense_mlp(call: &OpCall, rows: Affine, hidden: u64, intermediate: u64, expert
     ]
 }
 
-/// Weights of a part in bytes, from its products.
 impl PartOp {
-    /// Weights that a product multiplies with.
-    pub fn weights(&self) -> u64 {
-        match self {
-            PartOp::Gemm { n, k, .. } => n * k,
-            _ => 0,
+    /// Attention's core for sequences that get one more token.
+    ///
+    /// # Panics
+    /// For another op.
+    pub(crate) fn decode(&self, seqs: f64, context: f64, kv: Precision) -> Op {
+        match *self {
+            PartOp::AttentionCore { heads, kv_heads, head_dim } => {
+                Op::AttentionDecode { seqs, context, heads, kv_heads, head_dim, kv }
+            }
+            PartOp::MlaCore { heads, latent, rope } => Op::MlaDecode { seqs, context, heads, latent, rope, kv },
+            _ => panic!("{self:?} is no core of attention"),
+        }
+    }
+
+    /// The same for prompts of `new_tokens`, the last of which sees `context`.
+    ///
+    /// # Panics
+    /// For another op.
+    pub(crate) fn prefill(&self, seqs: f64, new_tokens: f64, context: f64, kv: Precision) -> Op {
+        match *self {
+            PartOp::AttentionCore { heads, kv_heads, head_dim } => {
+                Op::AttentionPrefill { seqs, new_tokens, context, heads, kv_heads, head_dim, kv }
+            }
+            PartOp::MlaCore { heads, latent, rope } => {
+                Op::MlaPrefill { seqs, new_tokens, context, heads, latent, rope, kv }
+            }
+            _ => panic!("{self:?} is no core of attention"),
         }
     }
 }

@@ -331,6 +331,16 @@ pub enum Activation {
     Gelu,
 }
 
+impl Activation {
+    /// Matrices of an MLP or expert.
+    pub const fn matrices(self) -> u64 {
+        match self {
+            Activation::SwiGlu => 3,
+            Activation::Gelu => 2,
+        }
+    }
+}
+
 /// A layer of routed experts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moe {
