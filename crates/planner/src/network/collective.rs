@@ -1,6 +1,6 @@
 //! All-reduce and its relatives.
 
-use super::calibration::{COORDINATES, Calibration};
+use super::calibration::{COORDINATES, COUNTS, Calibration};
 use super::{Demand, Group, Library, Network, Price, Source, UNMEASURED_SD};
 
 /// How an all-reduce goes. n ranks, S bytes on each.
@@ -61,7 +61,7 @@ impl Collective {
 
     /// Where the collective lies among the measured ones.
     pub(super) fn coordinates(&self) -> [f64; COORDINATES] {
-        [self.bytes, self.group.ranks as f64, 1.0, 1.0, 1.0].map(f64::ln)
+        [self.bytes.ln(), COUNTS * (self.group.ranks as f64).ln(), 0.0, 0.0, 0.0]
     }
 
     pub(super) fn demand(&self) -> Demand {
@@ -99,7 +99,7 @@ impl Network {
         let whole = Collective { kind: CollectiveKind::AllReduce, library: self.library, bytes, group };
         let seconds = match algorithm {
             Algorithm::Best if group.nodes() == 1 => {
-                return self.fitted(whole.op(), &whole.demand(), &whole.coordinates());
+                return self.fitted(whole.op(), &whole.demand(), &whole.coordinates(), self.version);
             }
             Algorithm::Best => [Algorithm::Ring, Algorithm::Tree, Algorithm::Hierarchical]
                 .map(|algorithm| self.all_reduce(bytes, group, algorithm).seconds)
@@ -142,7 +142,7 @@ impl Network {
         }
         let demand = collective.demand();
         if group.nodes() == 1 {
-            return self.fitted(collective.op(), &demand, &collective.coordinates());
+            return self.fitted(collective.op(), &demand, &collective.coordinates(), self.version);
         }
         let steps = match kind {
             // All messages are under way at once.
