@@ -76,7 +76,7 @@ impl Collective {
         let rounds = if self.kind == CollectiveKind::AllReduce { 2.0 } else { 1.0 };
         let inside = if self.kind == CollectiveKind::AllToAll { to_others - to_other_nodes } else { to_others };
         Demand {
-            ranks,
+            ring: per_node,
             nodes,
             ranks_per_node: per_node,
             intra_bytes: rounds * inside,
@@ -184,7 +184,8 @@ impl Network {
         let (nodes, mut between) = (whole.group.nodes() as f64, 0.0);
         if nodes > 1.0 {
             let inter_bytes = 2.0 * (nodes - 1.0) / nodes * whole.bytes / here as f64;
-            let demand = Demand { intra_bytes: 0.0, inter_bytes, ..whole.demand() };
+            // Each rank of a node has a ring of its own, of one rank a node.
+            let demand = Demand { ring: 1.0, intra_bytes: 0.0, inter_bytes, ..whole.demand() };
             between = self.on_links("nccl_all_reduce", &one_node(demand)) + 2.0 * (nodes - 1.0) * self.hop_s();
         }
         scatter.seconds + between + gather.seconds

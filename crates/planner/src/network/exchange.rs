@@ -122,7 +122,7 @@ impl Exchange {
         let busy_sms = (self.experts as f64 / waves).ceil();
         let low_latency = self.mode == Mode::LowLatency;
         Demand {
-            ranks: self.group.ranks as f64,
+            ring: self.group.ranks_per_node as f64,
             nodes: self.group.nodes() as f64,
             ranks_per_node: self.group.ranks_per_node as f64,
             intra_bytes,
@@ -203,7 +203,7 @@ impl M2n {
                 LinkClass::InterNode => (handed_on, across, self.senders.nodes() + self.receivers.nodes()),
             };
             Demand {
-                ranks: (self.senders.ranks + self.receivers.ranks) as f64,
+                ring: group.ranks_per_node as f64,
                 nodes: nodes as f64,
                 ranks_per_node: group.ranks_per_node as f64,
                 intra_bytes,

@@ -1,5 +1,8 @@
 //! What is left of measurements after a curve, interpolated: kriging with a Matérn 5/2 covariance. Source: Rasmussen and
 //! Williams, "Gaussian Processes for Machine Learning", 2006, algorithm 2.1 and section 5.4.2.
+//!
+//! A search asks for a price so often that it must take a microsecond: so all points weigh in by weights that are worked out
+//! once, and scales have a prior, because some operations have few points.
 
 use super::fit::compass;
 
