@@ -122,7 +122,7 @@ proptest! {
         let load = ExpertLoad::new(model, 64, 4).unwrap();
         let Straggler { mean, sd, p50, p90, p99 } = load.straggler(tokens, ranks, replicas * ranks, balanced);
         prop_assert!(1.0 - 1e-9 <= p50 && p50 <= p90 && p90 <= p99 && sd >= 0.0);
-        prop_assert!((1.0 - 1e-9..=ranks as f64 + 1e-9).contains(&mean) && mean <= p99, "{}", mean);
+        prop_assert!((1.0 - 1e-9..=ranks as f64 + 1e-9).contains(&mean) && mean <= p99 * (1.0 + 1e-9), "{}", mean);
         let spread = load.spread(ranks, replicas * ranks, balanced);
         prop_assert!((spread.mean_rows(tokens) * ranks as f64 - 4.0 * tokens).abs() < 1e-6 * tokens);
         prop_assert!(spread.touched(tokens) <= (64.0 + (replicas * ranks) as f64) / ranks as f64 + 1e-9);

@@ -2,8 +2,8 @@
 
 use moesaic_planner::network::published::TABLES;
 use moesaic_planner::network::{
-    Algorithm, Collective, CollectiveKind, CommOp, Copies, Exchange, Group, Library, M2n, Mode, Network, Source,
-    expected_distinct,
+    Algorithm, Collective, CollectiveKind, CommOp, Copies, Exchange, Family, FittedCurve, Group, Library, M2n, Mode,
+    Network, Source, expected_distinct, held_out,
 };
 use moesaic_spec::{Cluster, LinkClass, cluster_preset};
 use proptest::prelude::*;
@@ -219,10 +219,10 @@ fn the_size_decides_between_one_and_two_shots() {
 #[test]
 fn no_measurement_is_below_its_bound() {
     for table in TABLES {
-        let network = Network::measured(table.gpu, Library::Nccl).unwrap();
+        let network = Network::measured(table.gpu, Library::Nccl);
         for row in table.rows() {
             let bound = network.bound(&row.op);
-            assert!(row.seconds >= bound, "{} {}: {row:?} is below {bound}", table.gpu, table.op);
+            assert!(row.seconds >= bound, "{:?} {}: {row:?} is below {bound}", table.gpu, table.op);
         }
     }
 }
@@ -235,6 +235,28 @@ fn a_measured_size_is_priced_by_its_table() {
     let price = network.price(&op);
     assert_eq!(price.source, Source::Table);
     assert!((price.seconds / 121.74e-6).ln().abs() < 0.15, "{price:?}");
+}
+
+/// The committed curves are those that the committed tables give.
+#[test]
+fn the_file_of_curves_is_fitted_to_the_tables() {
+    let fitted = FittedCurve::fit("nccl_all_reduce", &Family::NvLink3.measured("nccl_all_reduce"));
+    let file = include_str!("../src/network/fitted.csv");
+    let line = file.lines().find_map(|line| line.strip_prefix("NVLink 3,nccl_all_reduce,")).unwrap();
+    for ((value, cell), name) in fitted.values().iter().zip(line.split(',')).zip(FittedCurve::names()) {
+        assert!((value - cell.parse::<f64>().unwrap()).abs() <= 1e-3 * value.abs(), "{name}: {value} {cell}");
+    }
+}
+
+/// Nine tenths of what was never seen lie in their interval: the widest claim a price makes.
+#[test]
+fn intervals_hold_what_was_held_out() {
+    let measured = Family::NvLink3.measured("nccl_reduce_scatter");
+    let errors = held_out(&measured, 0, |known| FittedCurve::fit("nccl_reduce_scatter", known));
+    assert_eq!(errors.len(), measured.len());
+    let inside = errors.iter().filter(|error| error.ln_ratio.abs() <= 1.645 * error.sd).count();
+    // 27 rows: fewer than 20 inside would happen once in a hundred if nine tenths were true.
+    assert!(inside >= 20, "{inside} of {}", errors.len());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! All-reduce and its relatives.
 
-use super::calibration::{COORDINATES, Calibration};
+use super::calibration::{COORDINATES, COUNTS, Calibration};
 use super::{Demand, Group, Library, Network, Price, Source, UNMEASURED_SD};
 
 /// How an all-reduce goes. n ranks, S bytes on each.
@@ -61,7 +61,7 @@ impl Collective {
 
     /// Where the collective lies among the measured ones.
     pub(super) fn coordinates(&self) -> [f64; COORDINATES] {
-        [self.bytes, self.group.ranks as f64, 1.0, 1.0, 1.0].map(f64::ln)
+        [self.bytes.ln(), COUNTS * (self.group.ranks as f64).ln(), 0.0, 0.0, 0.0]
     }
 
     pub(super) fn demand(&self) -> Demand {
@@ -76,7 +76,7 @@ impl Collective {
         let rounds = if self.kind == CollectiveKind::AllReduce { 2.0 } else { 1.0 };
         let inside = if self.kind == CollectiveKind::AllToAll { to_others - to_other_nodes } else { to_others };
         Demand {
-            ranks,
+            ring: per_node,
             nodes,
             ranks_per_node: per_node,
             intra_bytes: rounds * inside,
@@ -99,7 +99,7 @@ impl Network {
         let whole = Collective { kind: CollectiveKind::AllReduce, library: self.library, bytes, group };
         let seconds = match algorithm {
             Algorithm::Best if group.nodes() == 1 => {
-                return self.fitted(whole.op(), &whole.demand(), &whole.coordinates());
+                return self.fitted(whole.op(), &whole.demand(), &whole.coordinates(), self.version);
             }
             Algorithm::Best => [Algorithm::Ring, Algorithm::Tree, Algorithm::Hierarchical]
                 .map(|algorithm| self.all_reduce(bytes, group, algorithm).seconds)
@@ -142,7 +142,7 @@ impl Network {
         }
         let demand = collective.demand();
         if group.nodes() == 1 {
-            return self.fitted(collective.op(), &demand, &collective.coordinates());
+            return self.fitted(collective.op(), &demand, &collective.coordinates(), self.version);
         }
         let steps = match kind {
             // All messages are under way at once.
@@ -184,7 +184,8 @@ impl Network {
         let (nodes, mut between) = (whole.group.nodes() as f64, 0.0);
         if nodes > 1.0 {
             let inter_bytes = 2.0 * (nodes - 1.0) / nodes * whole.bytes / here as f64;
-            let demand = Demand { intra_bytes: 0.0, inter_bytes, ..whole.demand() };
+            // Each rank of a node has a ring of its own, of one rank a node.
+            let demand = Demand { ring: 1.0, intra_bytes: 0.0, inter_bytes, ..whole.demand() };
             between = self.on_links("nccl_all_reduce", &one_node(demand)) + 2.0 * (nodes - 1.0) * self.hop_s();
         }
         scatter.seconds + between + gather.seconds

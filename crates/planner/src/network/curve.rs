@@ -5,11 +5,11 @@ use moesaic_spec::Link;
 /// What an operation asks of the links of one GPU.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Demand {
-    /// Ranks.
-    pub ranks: f64,
+    /// Ranks of a node that pass bytes on, one after the other.
+    pub ring: f64,
     /// Nodes.
     pub nodes: f64,
-    /// Ranks on a node.
+    /// Ranks of a node that use its links at once.
     pub ranks_per_node: f64,
     /// Bytes that the fullest GPU sends (or receives) inside its node.
     pub intra_bytes: f64,
@@ -76,7 +76,7 @@ impl Tier {
 pub struct Curve {
     /// Seconds of the smallest operation of two ranks: launch, and the steps inside a node.
     pub latency_s: f64,
-    /// Seconds more for each rank of a node beyond two.
+    /// Seconds more for each rank of the [`Demand::ring`] beyond two.
     pub per_rank_s: f64,
     /// Seconds more for each of the [`Demand::extra_waves`].
     pub per_wave_s: f64,
@@ -158,7 +158,7 @@ impl Curve {
     }
 
     fn latency(&self, demand: &Demand, intra: &Tier, inter: &Tier) -> f64 {
-        let inside = self.latency_s + self.per_rank_s * (demand.ranks_per_node - 2.0).max(0.0);
+        let inside = self.latency_s + self.per_rank_s * (demand.ring - 2.0).max(0.0);
         let between =
             if demand.nodes > 1.0 { self.other_nodes_s + self.per_doubling_s * demand.nodes.log2() } else { 0.0 };
         inside * intra.latency + between * inter.latency + self.per_wave_s * demand.extra_waves

@@ -2,9 +2,9 @@
 
 use moesaic_spec::LinkClass;
 
-use super::calibration::{COORDINATES, Calibration};
+use super::calibration::{COORDINATES, COUNTS, Calibration};
 use super::curve::CAST_HIDDEN;
-use super::{Demand, Group, Network, Price, Source, UNMEASURED_SD};
+use super::{Demand, Group, Network, Price, Source, UNMEASURED_SD, Version};
 
 /// Multiprocessors that low-latency kernels spread experts over: those of an H100 or H200.
 const SMS: usize = 132;
@@ -122,7 +122,7 @@ impl Exchange {
         let busy_sms = (self.experts as f64 / waves).ceil();
         let low_latency = self.mode == Mode::LowLatency;
         Demand {
-            ranks: self.group.ranks as f64,
+            ring: self.group.ranks_per_node as f64,
             nodes: self.group.nodes() as f64,
             ranks_per_node: self.group.ranks_per_node as f64,
             intra_bytes,
@@ -142,7 +142,9 @@ impl Exchange {
     pub(super) fn coordinates(&self) -> [f64; COORDINATES] {
         let sms = if self.mode == Mode::Normal { self.sms } else { 1 };
         let row = (self.hidden * self.top_k) as f64;
-        [self.tokens_per_rank, row, self.experts as f64, self.group.nodes() as f64, sms as f64].map(f64::ln)
+        let [tokens, row, experts, nodes, sms] =
+            [self.tokens_per_rank, row, self.experts as f64, self.group.nodes() as f64, sms as f64].map(f64::ln);
+        [tokens, row, experts, COUNTS * nodes, COUNTS * sms]
     }
 }
 
@@ -201,7 +203,7 @@ impl M2n {
                 LinkClass::InterNode => (handed_on, across, self.senders.nodes() + self.receivers.nodes()),
             };
             Demand {
-                ranks: (self.senders.ranks + self.receivers.ranks) as f64,
+                ring: group.ranks_per_node as f64,
                 nodes: nodes as f64,
                 ranks_per_node: group.ranks_per_node as f64,
                 intra_bytes,
@@ -256,6 +258,8 @@ impl Network {
         if exchange.group.ranks <= 1 || exchange.tokens_per_rank == 0.0 {
             return Price::NOTHING;
         }
-        self.fitted(op, demand, &exchange.coordinates())
+        // Between nodes only one version was measured, and stands for all.
+        let version = if exchange.group.nodes() > 1 { Version::Older } else { self.version };
+        self.fitted(op, demand, &exchange.coordinates(), version)
     }
 }

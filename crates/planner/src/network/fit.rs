@@ -1,7 +1,7 @@
 //! Curves from measurements: robust least squares on ln(measured / curve).
 
 use super::Curve;
-use super::curve::Tier;
+use super::calibration::on_measured_links;
 use super::published::Measured;
 
 /// Residuals beyond this count by their size and no longer by their square: tables have outliers.
@@ -17,6 +17,9 @@ fn told(op: &str) -> &'static [usize] {
     }
 }
 
+/// The two shares of bandwidth among them.
+const SHARES: std::ops::Range<usize> = 5..7;
+
 /// From here the search starts: microseconds, most of the bandwidth.
 const START: Curve = Curve {
     latency_s: 7e-6,
@@ -30,35 +33,45 @@ const START: Curve = Curve {
     gradual: 0.2,
 };
 
-/// Compass search: a step along each parameter while it helps, then smaller steps. Parameters are logarithms, so that
-/// none becomes negative; shares end at 1.
-pub(super) fn fit(op: &str, measured: &[Measured], intra: &Tier, inter: &Tier) -> Curve {
-    let told = told(op);
-    let demands: Vec<_> = measured.iter().map(|row| (row.op.demand(), row.seconds)).collect();
+/// Fits a curve; shares end at 1.
+pub(super) fn fit(op: &str, measured: &[Measured]) -> Curve {
     let loss = |values: &[f64; 9]| -> f64 {
+        if values[SHARES].iter().any(|&share| share > 1.0) {
+            return f64::INFINITY;
+        }
         let curve = Curve::from_values(*values);
-        let one = |(demand, seconds): &(_, f64)| {
-            let off = (seconds / curve.seconds(demand, intra, inter)).ln() / OUTLIER;
+        let one = |row: &Measured| {
+            let off = (row.seconds / on_measured_links(&curve, row)).ln() / OUTLIER;
             (1.0 + off * off).sqrt() - 1.0
         };
-        demands.iter().map(one).sum()
+        measured.iter().map(one).sum()
     };
-    let mut best = START.values();
-    for (idx, value) in best.iter_mut().enumerate() {
-        if !told.contains(&idx) && !(5..7).contains(&idx) {
+    let told = told(op);
+    let mut start = START.values();
+    for (idx, value) in start.iter_mut().enumerate() {
+        if !told.contains(&idx) && !SHARES.contains(&idx) {
             *value = 0.0;
         }
     }
-    let (mut least, mut step) = (loss(&best), 0.5);
-    while step > 1e-4 {
+    Curve::from_values(compass(start, told, 1e-4, loss))
+}
+
+/// Compass search for the least loss: a step along each of the `free` values while it helps, then smaller steps down to
+/// `finest`. Steps are in the logarithm, so that values stay positive.
+pub(super) fn compass<const N: usize>(
+    start: [f64; N],
+    free: &[usize],
+    finest: f64,
+    loss: impl Fn(&[f64; N]) -> f64,
+) -> [f64; N] {
+    let mut best = start;
+    let (mut least, mut step) = (loss(&best), 0.5_f64);
+    while step > finest {
         let before = least;
-        for &idx in told {
-            for factor in [f64::exp(step), f64::exp(-step)] {
+        for &idx in free {
+            for factor in [step.exp(), (-step).exp()] {
                 let mut next = best;
                 next[idx] *= factor;
-                if (5..7).contains(&idx) {
-                    next[idx] = next[idx].min(1.0);
-                }
                 let loss = loss(&next);
                 if loss < least {
                     (best, least) = (next, loss);
@@ -66,9 +79,9 @@ pub(super) fn fit(op: &str, measured: &[Measured], intra: &Tier, inter: &Tier) -
                 }
             }
         }
-        if before - least <= 1e-9 * before {
+        if before - least <= 1e-9 * before.abs() {
             step *= 0.5;
         }
     }
-    Curve::from_values(best)
+    best
 }

@@ -2,11 +2,13 @@
 
 use serde_json::{Map, Value};
 
-use super::{CommOp, Version};
+use super::{CommOp, MeasuredGpu, Version};
 
 /// One measurement.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measured {
+    /// On what.
+    pub gpu: MeasuredGpu,
     /// What was measured.
     pub op: CommOp,
     /// With which software.
@@ -15,33 +17,42 @@ pub struct Measured {
     pub seconds: f64,
 }
 
+impl Measured {
+    /// In which of some parts the measurement is, by its sizes alone. FNV-1a.
+    pub(super) fn part(&self, salt: u64, parts: u64) -> u64 {
+        let text = format!("{:?}", self.op);
+        let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        (text.bytes().fold(step(0xcbf2_9ce4_8422_2325, salt as u8), step) >> 32) % parts
+    }
+}
+
 /// All measurements of one operation on one GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Table {
-    /// The GPU, as the folder is named.
-    pub gpu: &'static str,
+    /// The GPU.
+    pub gpu: MeasuredGpu,
     /// The operation.
     pub op: &'static str,
     text: &'static str,
 }
 
 macro_rules! tables {
-    ($($gpu:literal: $($op:literal)*;)*) => {
+    ($($gpu:ident $folder:literal: $($op:literal)*;)*) => {
         &[$($(Table {
-            gpu: $gpu,
+            gpu: MeasuredGpu::$gpu,
             op: $op,
-            text: include_str!(concat!("../../../../bench/results/published/", $gpu, "/", $op, ".csv")),
+            text: include_str!(concat!("../../../../bench/results/published/", $folder, "/", $op, ".csv")),
         },)*)*]
     };
 }
 
 /// Every table.
 pub const TABLES: &[Table] = tables! {
-    "h200_sxm": "nccl_all_reduce" "nccl_all_gather" "nccl_reduce_scatter" "nccl_alltoall" "custom_all_reduce"
+    H200 "h200_sxm": "nccl_all_reduce" "nccl_all_gather" "nccl_reduce_scatter" "nccl_alltoall" "custom_all_reduce"
         "deepep_ll_dispatch" "deepep_ll_combine" "deepep_normal_dispatch" "deepep_normal_combine";
-    "h100_sxm": "nccl_all_reduce" "nccl_all_gather" "nccl_reduce_scatter" "nccl_alltoall" "custom_all_reduce"
+    H100 "h100_sxm": "nccl_all_reduce" "nccl_all_gather" "nccl_reduce_scatter" "nccl_alltoall" "custom_all_reduce"
         "deepep_ll_dispatch" "deepep_ll_combine" "deepep_normal_dispatch" "deepep_normal_combine";
-    "a100_sxm": "nccl_all_reduce" "nccl_all_gather" "nccl_reduce_scatter" "nccl_alltoall" "custom_all_reduce";
+    A100 "a100_sxm": "nccl_all_reduce" "nccl_all_gather" "nccl_reduce_scatter" "nccl_alltoall" "custom_all_reduce";
 };
 
 impl Table {
@@ -65,8 +76,8 @@ impl Table {
                 _ => drop(params.insert(name.into(), value.parse::<u64>().map_or(Value::Null, Value::from))),
             }
         }
-        assert!(seconds > 0.0, "{gpu} {op}: {line}: latency_us");
-        let op = CommOp::from_params(op, &params).unwrap_or_else(|fault| panic!("{gpu} {op}: {line}: {fault}"));
-        Measured { op, version, seconds }
+        assert!(seconds > 0.0, "{gpu:?} {op}: {line}: latency_us");
+        let op = CommOp::from_params(op, &params).unwrap_or_else(|fault| panic!("{gpu:?} {op}: {line}: {fault}"));
+        Measured { gpu: *gpu, op, version, seconds }
     }
 }
