@@ -19,7 +19,7 @@ use moesaic_planner::report::{
 };
 use moesaic_planner::trace::ChromeTrace;
 use moesaic_planner::{ActionRecord, ClockSettings, PlannerError, RankStep, StepInput, VirtualClock};
-use moesaic_spec::{Bytes, Cluster, DType, Gpu, Link, PeakFlops};
+use moesaic_spec::{Bytes, Cluster, DType, Energy, Gpu, Link, PeakFlops};
 
 const GIB: u64 = 1 << 30;
 const LAYERS: u32 = 16;
@@ -464,11 +464,14 @@ fn a100(nodes: usize) -> Cluster {
         gpu: Gpu {
             name: "A100 80 GB".to_owned(),
             memory: Bytes(80 * GIB),
-            peak_flops: PeakFlops { bf16: 312e12, f8: 312e12, f32: 19.5e12 },
+            peak_flops: PeakFlops { bf16: 312e12, f8: 312e12, f4: 312e12, f32: 19.5e12 },
             compute_utilization: 0.6,
             memory_bandwidth: 2.039e12,
             memory_utilization: 0.8,
             launch_s: 4e-6,
+            sms: 132,
+            power: None,
+            usd_per_hour: None,
         },
         intra_node: Link {
             name: "NVLink 3".to_owned(),
@@ -485,5 +488,6 @@ fn a100(nodes: usize) -> Cluster {
             latency_s: 5e-6,
         }),
         rank_map: Vec::new(),
+        energy: Energy::default(),
     }
 }

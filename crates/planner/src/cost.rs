@@ -56,7 +56,7 @@ impl LinkPrice {
 
 #[cfg(test)]
 mod tests {
-    use moesaic_spec::{Link, PeakFlops};
+    use moesaic_spec::{Energy, Link, PeakFlops};
 
     use super::*;
 
@@ -64,11 +64,14 @@ mod tests {
         Gpu {
             name: "test".into(),
             memory: Bytes(1 << 30),
-            peak_flops: PeakFlops { bf16: 100.0, f8: 200.0, f32: 50.0 },
+            peak_flops: PeakFlops { bf16: 100.0, f8: 200.0, f4: 200.0, f32: 50.0 },
             compute_utilization: 0.5,
             memory_bandwidth: 10.0,
             memory_utilization: 0.8,
             launch_s: 1.0,
+            sms: 132,
+            power: None,
+            usd_per_hour: None,
         }
     }
 
@@ -101,6 +104,7 @@ mod tests {
             intra_node: link,
             inter_node: None,
             rank_map: Vec::new(),
+            energy: Energy::default(),
         };
         LinkPrice::of(&cluster, LinkClass::IntraNode)
     }

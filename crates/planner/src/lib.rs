@@ -15,11 +15,14 @@
 //! let gpu = Gpu {
 //!     name: "H100".into(),
 //!     memory: Bytes(80 << 30),
-//!     peak_flops: PeakFlops { bf16: 1e15, f8: 2e15, f32: 60e12 },
+//!     peak_flops: PeakFlops { bf16: 1e15, f8: 2e15, f4: 2e15, f32: 60e12 },
 //!     compute_utilization: 0.5,
 //!     memory_bandwidth: 3e12,
 //!     memory_utilization: 0.8,
 //!     launch_s: 1e-6,
+//!     sms: 132,
+//!     power: None,
+//!     usd_per_hour: None,
 //! };
 //! let roofline = Roofline { gpu: &gpu, dtype: DType::BF16 };
 //! let linear = OpCall::compute("linear", &[], 5_000_000_000, 1_000_000);

@@ -1,8 +1,10 @@
 //! The cluster: GPUs, nodes and links.
 
 mod file;
+mod grow;
 
-use crate::{Bytes, DType};
+use crate::Gpu;
+pub(crate) use grow::split_nodes;
 
 /// GPUs of one kind in nodes of one size.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,40 +19,35 @@ pub struct Cluster {
     pub gpu: Gpu,
     /// Between two GPUs of a node.
     pub intra_node: Link,
-    /// Between two nodes; a cluster of one node has none.
+    /// Between two nodes. A cluster of one node may have none; then it cannot grow.
     pub inter_node: Option<Link>,
     /// Which GPU of the cluster (`node * gpus_per_node + place`) each rank of a plan runs on; the identity when empty.
     pub rank_map: Vec<usize>,
+    /// What is needed beside the GPUs' own power to tell energy and CO2.
+    pub energy: Energy,
 }
 
-/// One GPU (or, on a laptop, one share of the CPU).
-#[derive(Clone, Debug, PartialEq)]
-pub struct Gpu {
-    /// Its name.
-    pub name: String,
-    /// Memory that a rank may use.
-    pub memory: Bytes,
-    /// Dense peak, FLOP/s, in the order BF16, F8, F32. Weights' type decides which.
-    pub peak_flops: PeakFlops,
-    /// Share of the peak that large products reach (MFU).
-    pub compute_utilization: f64,
-    /// Memory bandwidth, bytes/s.
-    pub memory_bandwidth: f64,
-    /// Share of it that streaming reaches.
-    pub memory_utilization: f64,
-    /// Time that starting one op costs, seconds.
-    pub launch_s: f64,
-}
-
-/// FLOP/s by the type of the weights.
+/// Energy beside the GPUs, and what it emits. The defaults are stated in [`Energy::default`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PeakFlops {
-    /// BF16 and F16.
-    pub bf16: f64,
-    /// F8 E4M3; that of BF16 where the GPU has no faster one.
-    pub f8: f64,
-    /// F32 (TF32 is not used).
-    pub f32: f64,
+pub struct Energy {
+    /// Power usage effectiveness: energy of the whole data centre for each joule that its computers take.
+    pub pue: f64,
+    /// Processors, memory, adapters, switches and fans of a node, in watts for each of its GPUs.
+    pub host_w_per_gpu: f64,
+    /// Joules that a byte takes to cross a link.
+    pub link_j_per_byte: f64,
+    /// Grams of CO2 for each kilowatt-hour.
+    pub co2_g_per_kwh: f64,
+}
+
+impl Default for Energy {
+    /// `pue` 1.2: assumption, between the 1.1 of the largest operators and the 1.56 that the Uptime Institute's survey of
+    /// 2024 has as the average. `host_w_per_gpu` 400: assumption, 70 % of what a DGX H100 may take beside its GPUs
+    /// (10.2 kW less 8 × 700 W). `link_j_per_byte` 1e-10: assumption, 12.5 pJ a bit, between NVLink's 5 and a pair of
+    /// optical transceivers' 20 to 30. `co2_g_per_kwh` 445: the world's electricity in 2024 (IEA, Electricity 2025).
+    fn default() -> Energy {
+        Energy { pue: 1.2, host_w_per_gpu: 400.0, link_j_per_byte: 1e-10, co2_g_per_kwh: 445.0 }
+    }
 }
 
 /// A class of links.
@@ -99,17 +96,6 @@ impl Cluster {
         match (class, &self.inter_node) {
             (LinkClass::InterNode, Some(link)) => link,
             _ => &self.intra_node,
-        }
-    }
-}
-
-impl Gpu {
-    /// Peak for weights of a type.
-    pub fn peak(&self, dtype: DType) -> f64 {
-        match dtype {
-            DType::F8E4M3 => self.peak_flops.f8,
-            DType::F32 => self.peak_flops.f32,
-            _ => self.peak_flops.bf16,
         }
     }
 }

@@ -140,6 +140,16 @@ pub enum SpecError {
         /// All known names.
         known: String,
     },
+    /// A cluster cannot have so many GPUs.
+    #[error("cluster {cluster} cannot have {got}: it must have {expected}")]
+    Grow {
+        /// Its name.
+        cluster: String,
+        /// Nodes or GPUs asked for.
+        got: String,
+        /// What would be right.
+        expected: String,
+    },
     /// A model cannot be resized as asked.
     #[error("cannot scale the model: {what} is {got}, but must be {expected}")]
     Scale {

@@ -25,6 +25,16 @@ impl<'a> Fields<'a> {
         Fields { origin, prefix: prefix.into(), map }
     }
 
+    /// The fields of `map`, which stand in for these: a message names the same file and place.
+    pub(crate) fn with_map<'b>(&'b self, map: &'b Map<String, Value>) -> Fields<'b> {
+        Fields { origin: self.origin, prefix: Cow::Borrowed(&self.prefix), map }
+    }
+
+    /// All fields as they were read.
+    pub(crate) fn map(&self) -> &'a Map<String, Value> {
+        self.map
+    }
+
     /// Refuses a key that is not among `known`.
     pub fn only_keys(&self, known: &[&str]) -> Result<(), SpecError> {
         match self.keys().find(|key| !known.contains(key)) {

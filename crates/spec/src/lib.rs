@@ -17,6 +17,7 @@ pub mod dtype;
 pub mod error;
 pub mod fields;
 pub mod generation;
+pub mod gpu;
 pub mod model;
 pub mod nearest;
 pub mod presets;
@@ -24,10 +25,11 @@ pub mod units;
 pub mod workload;
 pub mod yaml;
 
-pub use cluster::{Cluster, Gpu, Link, LinkClass, PeakFlops};
+pub use cluster::{Cluster, Energy, Link, LinkClass};
 pub use dtype::DType;
 pub use error::SpecError;
 pub use generation::GenerationConfig;
+pub use gpu::{Gpu, PeakFlops, Power};
 pub use model::counts::{Counts, FlopsPerToken, KvCounts, Part, PartName};
 pub use model::presets::{Preset, preset, presets};
 pub use model::scale::Scale;
@@ -36,6 +38,6 @@ pub use model::{
     Activation, Attention, Capacity, DropPolicy, Family, Ffn, Gqa, Mla, Mlp, ModelSpec, Moe, QkNorm, Rope, RopeScaling,
     Router, Scoring,
 };
-pub use presets::{PresetFile, cluster_preset, clusters, workload_preset, workloads};
+pub use presets::{PresetFile, cluster_preset, clusters, gpu_preset, gpus, workload_preset, workloads};
 pub use units::Bytes;
 pub use workload::{TokenRange, Workload};

@@ -81,7 +81,8 @@ pub struct ClusterFacts {
 impl ClusterFacts {
     /// Of a cluster.
     pub fn of(cluster: &Cluster) -> ClusterFacts {
-        let links = std::iter::once(&cluster.intra_node).chain(&cluster.inter_node);
+        let inter_node = cluster.inter_node.as_ref().filter(|_| cluster.nodes > 1);
+        let links = std::iter::once(&cluster.intra_node).chain(inter_node);
         ClusterFacts {
             name: cluster.name.clone(),
             nodes: cluster.nodes,

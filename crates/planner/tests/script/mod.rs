@@ -5,7 +5,7 @@
 use moesaic_device::op_log::{Amount, OpCall, Peer};
 use moesaic_plan::{Action, Lane, MessageKind, Peers, Rank, Schedule, Work};
 use moesaic_planner::{ActionRecord, ClockSettings, PlannerError, RankStep, StepInput, StepTimes, VirtualClock};
-use moesaic_spec::{Bytes, Cluster, DType, Gpu, Link, PeakFlops};
+use moesaic_spec::{Bytes, Cluster, DType, Energy, Gpu, Link, PeakFlops};
 
 /// Nodes of two GPUs that do 1 FLOP/s. Inside a node 10 bytes/s and 1 s, between nodes 5 bytes/s for a node and 2 s.
 pub(crate) fn cluster(nodes: usize) -> Cluster {
@@ -16,11 +16,14 @@ pub(crate) fn cluster(nodes: usize) -> Cluster {
         gpu: Gpu {
             name: "script".into(),
             memory: Bytes(1000),
-            peak_flops: PeakFlops { bf16: 1.0, f8: 1.0, f32: 1.0 },
+            peak_flops: PeakFlops { bf16: 1.0, f8: 1.0, f4: 1.0, f32: 1.0 },
             compute_utilization: 1.0,
             memory_bandwidth: 1.0,
             memory_utilization: 1.0,
             launch_s: 0.0,
+            sms: 132,
+            power: None,
+            usd_per_hour: None,
         },
         intra_node: Link {
             name: "inner".into(),
@@ -37,6 +40,7 @@ pub(crate) fn cluster(nodes: usize) -> Cluster {
             latency_s: 2.0,
         }),
         rank_map: Vec::new(),
+        energy: Energy::default(),
     }
 }
 
