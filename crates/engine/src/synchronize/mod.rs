@@ -4,7 +4,6 @@
 //! and their limits are in `docs/balance.md`.
 
 mod features;
-mod mlp;
 mod pipeline;
 mod predictor;
 mod split;

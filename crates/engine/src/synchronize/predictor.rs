@@ -2,10 +2,11 @@
 
 use std::collections::VecDeque;
 
+use moesaic_fit::{Mlp, Sample, Training};
+use moesaic_kernels::philox;
 use serde::{Deserialize, Serialize};
 
 use super::features::{Features, NUM_FEATURES};
-use super::mlp::{Mlp, Sample};
 
 /// Latest observations that are kept; older ones describe a load that has passed.
 const WINDOW: usize = 1_250;
@@ -196,7 +197,7 @@ impl Learned {
         });
         let (log_mean, log_deviation) = mean_and_deviation(logs.iter().copied());
         let mut learned = Learned {
-            net: Mlp::new(seed),
+            net: Mlp::new(NUM_FEATURES, |place| philox::uniform(seed, place)),
             mean: moments.map(|(mean, _)| mean),
             scale: moments.map(|(_, deviation)| if deviation > 1e-9 { 1.0 / deviation } else { 0.0 }),
             range,
@@ -204,11 +205,11 @@ impl Learned {
             log_scale: log_deviation.max(1e-9),
         };
         let sample = |(features, t): &(Features, f64)| -> Sample {
-            (learned.standardised(features), (t.ln() - log_mean) / learned.log_scale)
+            (learned.standardised(features).to_vec(), (t.ln() - log_mean) / learned.log_scale)
         };
         let (train, validation): (Vec<Sample>, Vec<Sample>) =
             (train.iter().map(sample).collect(), validation.iter().map(sample).collect());
-        learned.net.train(&train, &validation, seed);
+        learned.net.train(&train, &validation, &Training::default(), |draw| philox::uniform(!seed, draw));
         learned
     }
 
