@@ -10,7 +10,7 @@ use moesaic_comm::{Communicator, Solo, in_process, process};
 use moesaic_device::{Arena, Ctx, Isa, Pool, env, machine};
 use moesaic_model::checkpoint::RandomWeights;
 use moesaic_model::{
-    Checkpoint, KvCache, LoadDType, MetaModel, PartCache, SeqShape, StepShape, Transformer, WeightSource,
+    Checkpoint, KvCache, LoadDType, MetaModel, ModelError, PartCache, SeqShape, StepShape, Transformer, WeightSource,
 };
 use moesaic_plan::{MemoryLedger, MemoryRequest, Plan, Rank as RankId};
 use moesaic_sched::{Scheduler, SchedulerConfig};
@@ -65,6 +65,7 @@ pub fn launch_plan(
     ranks: Ranks,
     progress: impl FnMut(u64),
 ) -> Result<Engine, EngineError> {
+    spec.require_runnable().map_err(ModelError::from)?;
     let num_threads = num_threads(plan, config)?;
     let isa = match config.isa {
         Some(isa) => usable(isa)?,

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use common::plans::{ep, file};
 use moesaic_engine::{EngineConfig, Launch, Ranks, launch_plan};
-use moesaic_model::checkpoint::RandomWeights;
+use moesaic_model::checkpoint::{RandomWeights, write_random};
+use moesaic_model::{LoadDType, MetaModel, SeqShape};
 use moesaic_plan::plan::{MemoryPlan, Mesh};
 use moesaic_plan::{Plan, PlanFile};
-use moesaic_spec::{Bytes, ModelSpec, cluster_preset, preset};
+use moesaic_spec::{Bytes, ModelSpec, cluster_preset, preset, presets};
 
 fn model(name: &str) -> ModelSpec {
     preset(name).unwrap().spec().unwrap()
@@ -68,5 +69,29 @@ fn a_plan_that_this_machine_cannot_hold_is_refused_before_anything_is_taken() {
             let taken = peak_memory().saturating_sub(before);
             assert!(taken < 200 << 20, "{} MiB were taken", taken >> 20);
         }
+    }
+}
+
+/// Its forward pass can be traced in the closest shape that we have, but nothing makes or loads its weights.
+#[test]
+fn a_model_that_can_only_be_planned_is_traced_and_not_run() {
+    let weights = RandomWeights { seed: 0 };
+    let folder = std::env::temp_dir().join(format!("moesaic-planned-{}", std::process::id()));
+    for preset in presets() {
+        let spec = preset.spec().unwrap();
+        let Err(refusal) = spec.require_runnable() else { continue };
+        let meta = MetaModel::new(&spec, LoadDType::Auto, 4096).unwrap();
+        let seq = SeqShape { num_tokens: 1, context_len: 1000, samples: true };
+        assert!(meta.trace(&[seq; 4], 16, false).unwrap().calls.len() > 5 * spec.layers.len(), "{}", preset.name);
+
+        let plan = Arc::new(Plan::single(&spec));
+        let started = Instant::now();
+        let (random, config) = (Launch::Random(weights), EngineConfig::default());
+        let launched = launch_plan(&spec, &random, &plan, &config, Ranks::Threads, |_| panic!("nothing is loaded"));
+        assert_eq!(launched.err().unwrap().to_string(), refusal.to_string());
+        assert!(started.elapsed() < Duration::from_secs(1));
+        let written = write_random(&folder, &spec, weights, 1 << 30, |_| panic!("nothing is written"));
+        assert_eq!(written.unwrap_err().to_string(), refusal.to_string());
+        assert!(!folder.exists());
     }
 }

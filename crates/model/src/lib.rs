@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 use moesaic_comm::CommError;
 use moesaic_device::DeviceError;
 use moesaic_kernels::KernelError;
+use moesaic_spec::SpecError;
 
 /// What can go wrong with a model.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +42,9 @@ pub enum ModelError {
         /// What is wrong with it and what would be right.
         what: String,
     },
+    /// The model can only be planned.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
     /// An op refused its arguments.
     #[error(transparent)]
     Kernel(#[from] KernelError),

@@ -7,7 +7,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use moesaic_spec::{Attention, Bytes, Cluster, DTypeClass, Ffn, Gqa, Mla, ModelSpec, Proj, QkNorm, Role, TensorSpec};
+use moesaic_spec::{
+    Attention, Bytes, Cluster, Ffn, Gqa, LayerAttention, Mla, ModelSpec, Proj, QkNorm, Role, TensorSpec,
+};
 
 use crate::{AttentionShard, ExpertShard, Plan, PlanError, Rank, RankShard, Slice, rules::cut_unit};
 
@@ -169,7 +171,9 @@ impl<'a> Sizes<'a> {
                 Attention::Mla(_) => self.model.attention.kv_values_per_token(),
             };
             let element = self.model.dtype.compute().size_bytes();
-            memory.kv_bytes_per_token = (shard.layers.len() * kv * element) as u64;
+            let is_linear = |layer: &usize| matches!(self.model.layer_attention(*layer), LayerAttention::Linear(_));
+            let num_layers = shard.layers.clone().filter(|layer| !is_linear(layer)).count();
+            memory.kv_bytes_per_token = (num_layers * kv * element) as u64;
         }
         for idx in shard.layers.clone() {
             let layer = &self.layers[idx];
@@ -258,14 +262,9 @@ impl<'a> Sizes<'a> {
         tensors.iter().map(bytes).sum()
     }
 
-    /// Bytes of a tensor of this type and another shape, FP8 scales included.
+    /// Bytes of a tensor of this type and another shape, scales included.
     fn bytes(&self, tensor: &TensorSpec, shape: &[usize]) -> u64 {
-        let elements: u64 = shape.iter().map(|&n| n as u64).product();
-        let scales = match (self.model.fp8_block, tensor.dtype_class, shape) {
-            (Some([rows, cols]), DTypeClass::Matrix, &[n, k]) => (n.div_ceil(rows) * k.div_ceil(cols)) as u64 * 4,
-            _ => 0,
-        };
-        elements * self.model.dtype_of(tensor.dtype_class).size_bytes() as u64 + scales
+        self.model.stored_bytes(tensor.role, tensor.dtype_class, shape)
     }
 
     /// Rows on their way in one micro-batch: to the experts and back, or partial results to be summed, or the residual

@@ -150,6 +150,14 @@ pub enum SpecError {
         /// What would be right.
         expected: String,
     },
+    /// A model that is only described well enough to be planned.
+    #[error("a {model_type} model like this can be planned, but not run yet: it has {reason}")]
+    PlanningOnly {
+        /// Its `model_type`.
+        model_type: &'static str,
+        /// What the runtime lacks.
+        reason: String,
+    },
     /// A model cannot be resized as asked.
     #[error("cannot scale the model: {what} is {got}, but must be {expected}")]
     Scale {

@@ -31,6 +31,8 @@ pub use error::SpecError;
 pub use generation::GenerationConfig;
 pub use gpu::{Gpu, PeakFlops, Power};
 pub use model::counts::{Counts, FlopsPerToken, KvCounts, Part, PartName};
+pub use model::hub::{HubModel, preset_by_hub_name};
+pub use model::planning::{Indexer, LayerAttention, LinearAttention, PlanningOnly, WeightFormat, WeightFormats};
 pub use model::presets::{Preset, preset, presets};
 pub use model::scale::Scale;
 pub use model::tensors::{DTypeClass, FusedProj, Proj, Role, ScaleInv, TensorSpec};

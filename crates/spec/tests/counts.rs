@@ -112,9 +112,12 @@ fn parts_add_up_and_agree_with_the_tensors() {
         let spec = preset.spec().unwrap();
         let counts = spec.counts();
         let tensors = spec.tensors();
-        assert_eq!(tensors.iter().map(|t| t.num_elements()).sum::<u64>(), counts.params_total, "{}", preset.name);
+        // A model that is only planned may have parameters that the shape we know has not.
+        if spec.planning_only.is_none() {
+            assert_eq!(tensors.iter().map(|t| t.num_elements()).sum::<u64>(), counts.params_total, "{}", preset.name);
+        }
         assert_eq!(counts.parts.iter().map(|part| part.bytes).sum::<u64>(), counts.bytes_total);
-        assert!(counts.params_active < counts.params_total);
+        assert_eq!(counts.params_active < counts.params_total, spec.num_moe_layers() > 0);
         let json = serde_json::to_value(&counts).unwrap();
         assert_eq!(json["parts"][0]["name"], "embedding");
     }

@@ -59,7 +59,7 @@ proptest! {
             Err(e) => {
                 let sentence = e.to_string();
                 prop_assert!(sentence.starts_with("config.json: ") && !sentence.contains('\n'), "{}", sentence);
-                prop_assert!(sentence.len() < 600, "{}", sentence);
+                prop_assert!(sentence.len() < 700, "{}", sentence);
             }
             Ok(spec) => {
                 let counts = spec.counts();
@@ -118,6 +118,9 @@ fn presets_survive_writing_and_scaling_to_themselves() {
     for preset in presets() {
         let spec = preset.spec().unwrap();
         assert_eq!(ModelSpec::from_config_json(&spec.to_config_json(), preset.name).unwrap(), spec);
+        if spec.planning_only.is_some() {
+            continue;
+        }
         let same = spec.scaled(&Scale::default()).unwrap();
         assert_eq!(same, ModelSpec { num_mtp_layers: 0, ..spec });
     }
@@ -125,7 +128,7 @@ fn presets_survive_writing_and_scaling_to_themselves() {
 
 #[test]
 fn every_preset_shrinks_to_a_laptop() {
-    for preset in presets() {
+    for preset in presets().iter().filter(|preset| preset.spec().unwrap().planning_only.is_none()) {
         let small =
             Scale { layers: Some(2), hidden: Some(128), vocab: Some(256), experts: Some(8), ..Scale::default() };
         let spec = preset.spec().unwrap().scaled(&small).unwrap_or_else(|e| panic!("{}: {e}", preset.name));

@@ -130,6 +130,7 @@ pub fn write_random(
     shard_bytes: u64,
     mut progress: impl FnMut(u64),
 ) -> Result<u64, ModelError> {
+    spec.require_runnable()?;
     let failed = |path: &Path, e: std::io::Error| ModelError::file(path, e.to_string());
     fs::create_dir_all(folder).map_err(|e| failed(folder, e))?;
     if fs::read_dir(folder).map_err(|e| failed(folder, e))?.next().is_some() {

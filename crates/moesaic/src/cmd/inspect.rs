@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use anyhow::{Result, ensure};
 use moesaic_spec::model::presets::presets;
-use moesaic_spec::{Attention, Bytes, Ffn, ModelSpec, QkNorm};
+use moesaic_spec::{Attention, Bytes, Ffn, ModelSpec, QkNorm, WeightFormats};
 
 use crate::args::InspectArgs;
 use crate::folder::named_spec;
@@ -13,9 +13,12 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     ensure!(args.context > 0, "--context is 0; 1 or more is right");
     if args.list {
         for preset in presets() {
-            let counts = preset.spec()?.counts();
+            let spec = preset.spec()?;
+            let counts = spec.counts();
             let (total, active) = (billions(counts.params_total), billions(counts.params_active));
-            println!("{:<18} {total:>9} parameters, {active:>8} active, {}", preset.name, Bytes(counts.bytes_total));
+            let planned = if spec.planning_only.is_some() { ", planned only" } else { "" };
+            let (name, bytes) = (preset.name, Bytes(counts.bytes_total));
+            println!("{name:<20} {total:>9} parameters, {active:>8} active, {bytes}{planned}");
         }
         return Ok(());
     }
@@ -30,6 +33,8 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
             "hidden_size": spec.hidden_size,
             "vocab_size": spec.vocab_size,
             "max_position_embeddings": spec.max_position_embeddings,
+            "formats": spec.formats(),
+            "planning_only": spec.planning_only.as_ref().map(|planning| &planning.reason),
             "counts": counts,
             "context": args.context,
             "flops_per_token_prefill": counts.flops.prefill(args.context),
@@ -76,9 +81,18 @@ fn report(name: &str, spec: &ModelSpec, context: usize) -> String {
         line("", format!("{:<16}{params:>10}{bytes:>14} {share:>5.1} %", part.name.label()));
     }
     let kv = counts.kv.bytes_per_token;
-    line("KV cache", format!("{} a token, {} for {context} tokens", Bytes(kv), Bytes(kv * context as u64)));
+    let in_all = match &spec.planning_only {
+        None => kv * context as u64,
+        Some(_) => spec.cache_bytes(context),
+    };
+    line("KV cache", format!("{} a token, {} for {context} tokens", Bytes(kv), Bytes(in_all)));
     let (prefill, decode) = (counts.flops.prefill(context), counts.flops.decode(context));
     line("FLOPs", format!("{} a token at context {context} (prefill), {} (decode)", giga(prefill), giga(decode)));
+    if let Some(planning) = &spec.planning_only {
+        let WeightFormats { dense, experts } = planning.formats;
+        line("weights", format!("{dense}, routed experts {experts}"));
+        line("planned", format!("only, and not run yet: it has {}", planning.reason));
+    }
     out
 }
 

@@ -113,6 +113,7 @@ pub(crate) fn assemble(
         dtype,
         fp8_block,
         num_mtp_layers: 0,
+        planning_only: None,
     })
 }
 

@@ -41,6 +41,7 @@ pub(crate) fn read(f: &Fields) -> Result<ModelSpec, SpecError> {
         dtype,
         fp8_block,
         num_mtp_layers: f.size(mtp_key, Some(1), 0..=*limits::LAYERS.end())?,
+        planning_only: None,
     })
 }
 

@@ -6,16 +6,22 @@
 pub(crate) mod common;
 pub mod counts;
 mod deepseek_v3;
+mod formats;
+pub mod hub;
 mod mixtral;
 mod olmoe;
 mod paper;
+mod planned;
+pub mod planning;
 pub mod presets;
 mod qwen3_moe;
 pub mod scale;
+mod sparse;
 pub mod tensors;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use self::planning::PlanningOnly;
 use crate::fields::{Fields, show};
 use crate::{DType, SpecError};
 
@@ -32,6 +38,24 @@ pub enum Family {
     DeepseekV3,
     /// `moesaic_paper`: the models of the papers that the project comes from
     Paper,
+    /// `llama`; from here on all are planned, not run
+    Llama,
+    /// `qwen3`, the models without experts
+    Qwen3,
+    /// `gpt_oss`
+    GptOss,
+    /// `minimax_m2`
+    MinimaxM2,
+    /// `glm4_moe`
+    Glm4Moe,
+    /// `qwen3_next`
+    Qwen3Next,
+    /// `qwen3_5_moe`, the text model
+    Qwen35Moe,
+    /// `deepseek_v32`
+    DeepseekV32,
+    /// `glm_moe_dsa`
+    GlmMoeDsa,
 }
 
 impl Family {
@@ -43,7 +67,32 @@ impl Family {
             Family::Olmoe => "olmoe",
             Family::DeepseekV3 => "deepseek_v3",
             Family::Paper => "moesaic_paper",
+            Family::Llama => "llama",
+            Family::Qwen3 => "qwen3",
+            Family::GptOss => "gpt_oss",
+            Family::MinimaxM2 => "minimax_m2",
+            Family::Glm4Moe => "glm4_moe",
+            Family::Qwen3Next => "qwen3_next",
+            Family::Qwen35Moe => "qwen3_5_moe",
+            Family::DeepseekV32 => "deepseek_v32",
+            Family::GlmMoeDsa => "glm_moe_dsa",
         }
+    }
+
+    /// The family that is planned but not run under this `model_type`.
+    fn planned(model_type: &str) -> Option<Family> {
+        const PLANNED: [Family; 9] = [
+            Family::Llama,
+            Family::Qwen3,
+            Family::GptOss,
+            Family::MinimaxM2,
+            Family::Glm4Moe,
+            Family::Qwen3Next,
+            Family::Qwen35Moe,
+            Family::DeepseekV32,
+            Family::GlmMoeDsa,
+        ];
+        PLANNED.into_iter().find(|family| family.model_type() == model_type)
     }
 }
 
@@ -74,10 +123,29 @@ pub struct ModelSpec {
     pub fp8_block: Option<[usize; 2]>,
     /// Multi-token-prediction layers that the checkpoint carries after the last layer; recognised and skipped.
     pub num_mtp_layers: usize,
+    /// What the model has beside all this that is priced but not run; `None` for a model that runs.
+    pub planning_only: Option<PlanningOnly>,
 }
 
-/// Every `model_type` that is read.
-const MODEL_TYPES: [&str; 6] = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "kimi_k2", "moesaic_paper"];
+/// Every `model_type` that is read: six that run, and those that are planned.
+const MODEL_TYPES: [&str; 16] = [
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+    "kimi_k2",
+    "moesaic_paper",
+    "llama",
+    "qwen3",
+    "gpt_oss",
+    "minimax_m2",
+    "glm4_moe",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "kimi_k25",
+];
 
 impl ModelSpec {
     /// Reads the text of a `config.json`, in the form of transformers 4 or 5 or our own (`moesaic_paper`). `origin`
@@ -89,34 +157,33 @@ impl ModelSpec {
     /// that is not supported.
     pub fn from_config_json(text: &str, origin: &str) -> Result<ModelSpec, SpecError> {
         let map = common::parse_object(text, origin)?;
-        let f = Fields::new(origin, "", &map);
-        match map.get("model_type").and_then(Value::as_str) {
-            Some("mixtral") => mixtral::read(&f),
-            Some("qwen3_moe") => qwen3_moe::read(&f),
-            Some("olmoe") => olmoe::read(&f),
-            Some("deepseek_v3" | "kimi_k2") => deepseek_v3::read(&f),
-            Some("moesaic_paper") => paper::read(&f),
-            _ => match f.get("model_type") {
-                None => Err(f.missing("model_type", format!("one of {}", MODEL_TYPES.join(", ")))),
-                Some(other) => Err(SpecError::UnknownModelType {
-                    origin: origin.to_owned(),
-                    got: show(other),
-                    known: MODEL_TYPES.join(", "),
-                }),
-            },
+        let (prefix, mut map) = text_model(map);
+        let planned = map.get("model_type").and_then(Value::as_str).and_then(Family::planned);
+        let f = Fields::new(origin, prefix, &map);
+        // The families that run know the one format that they load; all others are said here, for any family.
+        if planned.is_some() || prefix == "text_config." || formats::is_ours(&f) {
+            let formats = formats::read(&f)?;
+            map.remove("quantization_config");
+            return Ok(read_family(&Fields::new(origin, prefix, &map), planned)?.with_formats(formats));
         }
+        read_family(&f, planned)
     }
 
     /// The `config.json` that transformers and [`ModelSpec::from_config_json`] read back as this description.
     /// `kimi_k2` is written as `deepseek_v3`, which it is.
     pub fn to_config_json(&self) -> String {
-        let map = match self.family {
+        let mut map = match self.family {
             Family::Mixtral => mixtral::write(self),
             Family::Qwen3Moe => qwen3_moe::write(self),
             Family::Olmoe => olmoe::write(self),
             Family::DeepseekV3 => deepseek_v3::write(self),
             Family::Paper => paper::write(self),
+            Family::DeepseekV32 | Family::GlmMoeDsa => sparse::write(self),
+            _ => planned::write(self),
         };
+        if let Some(planning) = &self.planning_only {
+            formats::write(&mut map, planning.formats);
+        }
         let mut text = serde_json::to_string_pretty(&Value::Object(map)).expect("a JSON value prints");
         text.push('\n');
         text
@@ -137,6 +204,46 @@ impl ModelSpec {
                 (mla.qk_head_dim() as f64).powf(-0.5) * temperature * temperature
             }
         }
+    }
+}
+
+/// The language model of a model that also sees, with what is said beside it; any other description as it is. Also the
+/// prefix of its fields.
+fn text_model(mut map: Map<String, Value>) -> (&'static str, Map<String, Value>) {
+    const WRAPPERS: [(&str, &str); 2] = [("kimi_k25", "deepseek_v3"), ("qwen3_5_moe", "qwen3_5_moe")];
+    let model_type = map.get("model_type").and_then(Value::as_str);
+    let Some((_, inside)) = WRAPPERS.iter().find(|(outside, _)| model_type == Some(outside)) else { return ("", map) };
+    let Some(Value::Object(mut text)) = map.remove("text_config") else { return ("", map) };
+    for key in ["quantization_config", "tie_word_embeddings"] {
+        if let (None, Some(value)) = (text.get(key), map.remove(key)) {
+            text.insert(key.to_owned(), value);
+        }
+    }
+    text.insert("model_type".to_owned(), Value::from(*inside));
+    ("text_config.", text)
+}
+
+fn read_family(f: &Fields, planned: Option<Family>) -> Result<ModelSpec, SpecError> {
+    if let Some(family) = planned {
+        return match family {
+            Family::DeepseekV32 | Family::GlmMoeDsa => sparse::read(f, family),
+            _ => planned::read(f, family),
+        };
+    }
+    match f.get("model_type").and_then(Value::as_str) {
+        Some("mixtral") => mixtral::read(f),
+        Some("qwen3_moe") => qwen3_moe::read(f),
+        Some("olmoe") => olmoe::read(f),
+        Some("deepseek_v3" | "kimi_k2") => deepseek_v3::read(f),
+        Some("moesaic_paper") => paper::read(f),
+        _ => match f.get("model_type") {
+            None => Err(f.missing("model_type", format!("one of {}", MODEL_TYPES.join(", ")))),
+            Some(other) => Err(SpecError::UnknownModelType {
+                origin: f.origin.to_owned(),
+                got: show(other),
+                known: MODEL_TYPES.join(", "),
+            }),
+        },
     }
 }
 

@@ -84,6 +84,7 @@ pub(crate) fn read(f: &Fields) -> Result<ModelSpec, SpecError> {
         dtype,
         fp8_block,
         num_mtp_layers: 0,
+        planning_only: None,
     })
 }
 

@@ -46,6 +46,21 @@ const PRESETS: &[Preset] = presets![
     "paper-002",
     "paper-003-gelu",
     "paper-003-swiglu",
+    "deepseek-r1",
+    "qwen3-235b-a22b-fp8",
+    "llama-3.1-8b",
+    "llama-3.1-70b",
+    "llama-3.1-405b",
+    "qwen3-8b",
+    "qwen3-32b",
+    "gpt-oss-20b",
+    "gpt-oss-120b",
+    "minimax-m2.5",
+    "glm-4.5",
+    "glm-5",
+    "qwen3.5-397b-a17b",
+    "kimi-k2.5",
+    "deepseek-v3.2",
 ];
 
 /// All presets.

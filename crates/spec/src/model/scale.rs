@@ -53,9 +53,10 @@ impl ModelSpec {
     /// The same family with other sizes; multi-token-prediction layers are left out.
     ///
     /// # Errors
-    /// [`SpecError`] when a size is out of range or does not fit the others.
+    /// [`SpecError`] when a size is out of range or does not fit the others, or the model can only be planned.
     pub fn scaled(&self, scale: &Scale) -> Result<ModelSpec, SpecError> {
         scale.check()?;
+        self.require_runnable()?;
         let hidden = Ratio { to: scale.hidden.unwrap_or(self.hidden_size), from: self.hidden_size };
         let moe = self.layers.iter().find_map(Ffn::as_moe);
         let dense = self.layers.iter().find_map(Ffn::as_dense);

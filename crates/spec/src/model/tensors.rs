@@ -70,6 +70,38 @@ pub enum Role {
     Dense(usize, Proj),
 }
 
+impl Role {
+    /// The layer that the tensor belongs to.
+    pub const fn layer(self) -> Option<usize> {
+        match self {
+            Role::Embed | Role::FinalNorm | Role::LmHead => None,
+            Role::InputNorm(layer)
+            | Role::PostAttentionNorm(layer)
+            | Role::Q(layer)
+            | Role::K(layer)
+            | Role::V(layer)
+            | Role::O(layer)
+            | Role::QBias(layer)
+            | Role::KBias(layer)
+            | Role::VBias(layer)
+            | Role::OBias(layer)
+            | Role::QNorm(layer)
+            | Role::KNorm(layer)
+            | Role::QA(layer)
+            | Role::QANorm(layer)
+            | Role::QB(layer)
+            | Role::KvA(layer)
+            | Role::KvANorm(layer)
+            | Role::KvB(layer)
+            | Role::Router(layer)
+            | Role::RouterBias(layer)
+            | Role::Expert { layer, .. }
+            | Role::Shared(layer, _)
+            | Role::Dense(layer, _) => Some(layer),
+        }
+    }
+}
+
 /// Which matrix of an MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Proj {
