@@ -3,7 +3,7 @@
 //! Bytes of each part come from the plan's own account of a rank ([`moesaic_plan::RankMemory`]), activations from the forward
 //! pass on `Meta`; both are read once for each way of cutting a model ([`Parts`]) and multiplied here.
 
-use moesaic_spec::ModelSpec;
+use moesaic_spec::{LayerAttention, ModelSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::iteration::parts::Parts;
@@ -51,15 +51,17 @@ impl Footprint {
         let bytes = parts.bytes();
         let (dense, moe) = layout.fullest_stage(model);
         let layers = (dense + moe) as f64;
-        let stored = model.dtype.size_bytes() as f64;
-        let (held, routed) = (formats.dense.bytes() / stored, formats.experts.bytes() / stored);
+        // The trace has weights as the checkpoint stores them.
+        let stored = Formats::of(model);
+        let held = formats.dense.bytes() / stored.dense.bytes();
+        let routed = formats.experts.bytes() / stored.experts.bytes();
         let copies = layout.attention_replicas as f64;
-        let attention_weights = held
-            * (bytes.embedding_and_head
-                + layers * bytes.attention * copies
-                + dense as f64 * bytes.dense_mlp
-                + moe as f64 * bytes.router)
-            + routed * moe as f64 * bytes.shared_experts;
+        let attention_weights = bytes.embedding_and_head
+            + moe as f64 * bytes.router
+            + held
+                * (layers * bytes.attention * copies
+                    + dense as f64 * bytes.dense_mlp
+                    + moe as f64 * bytes.shared_experts);
         let spec = model.layers.iter().find_map(|ffn| ffn.as_moe());
         let experts = spec.map_or(0.0, |moe| (moe.num_experts + layout.redundant_experts) as f64);
         let expert_weights =
@@ -76,7 +78,11 @@ impl Footprint {
             activations: bytes.activations.at(rows),
             exchange: travelling.max(summed),
         };
-        let per_token = layers * bytes.kv_per_token * formats.kv.bytes() / 2.0;
+        // Windows and states hold as much for any length; they are part of what every sequence takes, and small.
+        let grows =
+            |layer: &usize| matches!(model.layer_attention(*layer), LayerAttention::Full | LayerAttention::Sparse(_));
+        let growing = (0..model.layers.len()).filter(grows).count() as f64 / model.layers.len() as f64;
+        let per_token = layers * growing * bytes.kv_per_token * formats.kv.bytes() / 2.0;
         match layout.experts {
             ExpertLayout::Pool { ep } => {
                 let arriving = rows * layout.dp as f64 * top_k / ep as f64;

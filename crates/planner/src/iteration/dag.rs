@@ -6,9 +6,9 @@
 
 use moesaic_plan::plan::{ExchangeRoute, Mesh, Overlap, Pool};
 use moesaic_plan::{Action, AllReduce, Lane, MessageKind, Plan, PlanFile, Rank, Work};
-use moesaic_spec::{Attention, Ffn, ModelSpec, QkNorm};
+use moesaic_spec::{Attention, ModelSpec, QkNorm};
 
-use super::parts::boundless;
+use super::parts::{boundless, few_layers};
 use crate::PlannerError;
 
 /// What an action of the graph takes its time from.
@@ -204,7 +204,7 @@ impl Dag {
     /// # Errors
     /// [`PlannerError`]: no plan has this structure for this model.
     pub fn new(model: &ModelSpec, structure: &Structure) -> Result<Dag, PlannerError> {
-        let model = layers_of(model, structure);
+        let model = few_layers(model, structure.dense, structure.moe);
         let plan = surrogate(&model, structure)?;
         let mut ranks = vec![Rank(0)];
         if structure.separate {
@@ -354,16 +354,6 @@ fn slot_of_action(schedules: &[Vec<Action>], kind: usize, idx: usize) -> Slot {
         Work::GatherLogits { .. } => Slot::GatherLogits,
         Work::Sample => Slot::Sample,
     }
-}
-
-/// A model of as many layers of each kind.
-fn layers_of(model: &ModelSpec, structure: &Structure) -> ModelSpec {
-    let of_kind = |is_moe: bool, count: usize| {
-        let layer = model.layers.iter().find(|ffn| ffn.as_moe().is_some() == is_moe);
-        std::iter::repeat_n(layer, count).flatten().cloned()
-    };
-    let layers: Vec<Ffn> = of_kind(false, structure.dense).chain(of_kind(true, structure.moe)).collect();
-    ModelSpec { layers, num_mtp_layers: 0, ..model.clone() }
 }
 
 /// The smallest plan of this structure: two ranks of everything that there are several of.

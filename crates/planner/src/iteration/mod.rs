@@ -4,6 +4,7 @@
 //! from the plan's schedule. Here both are priced for a cluster and a batch. Each kind of rank is priced once, and each cost
 //! is worked out once for each size ([`curve`]), so that a search can ask a hundred thousand times a second.
 
+mod attend;
 mod curve;
 pub mod dag;
 pub mod layout;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 
 use moesaic_plan::plan::ExchangePrecision;
 use moesaic_plan::{AllReduce, Collective};
-use moesaic_spec::{Cluster, ModelSpec, Moe};
+use moesaic_spec::{Cluster, LayerAttention, ModelSpec, Moe, WeightFormat, WeightFormats};
 
 pub use layout::{ExpertLayout, Layout};
 
@@ -90,6 +91,36 @@ pub struct Formats {
     pub experts: Precision,
     /// Keys and values.
     pub kv: Precision,
+}
+
+impl Formats {
+    /// As the checkpoint stores them; keys and values in 16 bits.
+    pub fn of(model: &ModelSpec) -> Formats {
+        let WeightFormats { dense, experts } = model.formats();
+        Formats { dense: precision(dense), experts: precision(experts), kv: Precision::Bf16 }
+    }
+}
+
+impl Formats {
+    /// Type of a part's weights. Routers and heads are never quantised.
+    fn of_part(self, part: Part) -> Precision {
+        match part {
+            Part::Route | Part::Head => Precision::Bf16,
+            Part::Experts => self.experts,
+            _ => self.dense,
+        }
+    }
+}
+
+fn precision(format: WeightFormat) -> Precision {
+    match format {
+        WeightFormat::F32 => Precision::F32,
+        WeightFormat::Bf16 => Precision::Bf16,
+        WeightFormat::Fp8 => Precision::Fp8,
+        WeightFormat::Fp8Block => Precision::Fp8Block,
+        WeightFormat::Mxfp4 | WeightFormat::Nvfp4 => Precision::F4,
+        WeightFormat::Int4 => Precision::Int4,
+    }
 }
 
 /// What one data-parallel group has in one iteration. Every group has the same.
@@ -187,7 +218,10 @@ pub struct Iterations<'a> {
     load: Option<Arc<ExpertLoad>>,
     parts: HashMap<Cut, Rc<Parts>>,
     part_costs: HashMap<(Cut, Part), Curve>,
-    cores: HashMap<Cut, (Surface, Surface)>,
+    /// How layers attend, each way with the share of layers that do.
+    attention: Vec<(LayerAttention, f64)>,
+    /// Decoding and prompts, by cut and way of attending.
+    cores: HashMap<(Cut, usize), (Surface, Surface)>,
     experts: HashMap<ExpertKey, Curve>,
     imbalance: HashMap<ExpertKey, Curve>,
     sums: HashMap<usize, Curve>,
@@ -242,6 +276,7 @@ impl<'a> Iterations<'a> {
             load,
             parts: HashMap::new(),
             part_costs: HashMap::new(),
+            attention: ways_of_attending(model),
             cores: HashMap::new(),
             experts: HashMap::new(),
             imbalance: HashMap::new(),
@@ -391,9 +426,8 @@ impl<'a> Iterations<'a> {
         curve.at(rows, |rows| {
             let price = |op: &PartOp| {
                 let op = match *op {
-                    PartOp::Gemm { rows: m, n, k, expert } => {
-                        let weights = if expert { formats.experts } else { formats.dense };
-                        Op::Gemm { m: m.at(rows), n: n as f64, k: k as f64, weights }
+                    PartOp::Gemm { rows: m, n, k } => {
+                        Op::Gemm { m: m.at(rows), n: n as f64, k: k as f64, weights: formats.of_part(part) }
                     }
                     PartOp::Stream { flops, bytes } => {
                         Op::Stream { flops: flops.at(rows), bytes: bytes.at(rows), precision: Precision::Bf16 }
@@ -406,28 +440,31 @@ impl<'a> Iterations<'a> {
         })
     }
 
-    /// Attention over the cache, decodes and prompts apart.
+    /// Attention over the cache, decodes and prompts apart: the mean over layers, which may attend in different ways.
     fn core(&mut self, cut: &Cut, parts: &Parts, batch: &Batch) -> Cost {
-        let core = parts
-            .ops(Part::Attention)
-            .iter()
-            .find(|op| matches!(op, PartOp::AttentionCore { .. } | PartOp::MlaCore { .. }));
-        let core = core.expect("every layer has attention");
+        let is_core = |op: &&PartOp| matches!(op, PartOp::AttentionCore { .. } | PartOp::MlaCore { .. });
+        let core = parts.ops(Part::Attention).iter().find(is_core).expect("every layer has attention");
         let (costs, kv) = (&self.costs, self.formats.kv);
-        let (decodes, prefills) = self.cores.entry(cut.clone()).or_default();
+        let price =
+            |ops: &[Op]| ops.iter().map(|op| Cost::of_op(op, costs.price(op))).fold(Cost::default(), Cost::plus);
         let mut cost = Cost::default();
-        let price = |op: Op| Cost::of_op(&op, costs.price(&op));
-        if batch.decodes > 0.0 {
-            cost = decodes.at(batch.decodes, batch.context, |seqs, context| price(core.decode(seqs, context, kv)));
-        }
-        if batch.prefill_tokens > 0.0 {
-            // One prompt at a time: each has a causal mask of its own.
-            let prompts = batch.prefills.max(1.0);
-            let tokens = batch.prefill_tokens / prompts;
-            let of_one = prefills.at(tokens, 1.0 + batch.prefill_context, |tokens, before| {
-                price(core.prefill(1.0, tokens, tokens + before - 1.0, kv))
-            });
-            cost = cost.plus(of_one.times(prompts));
+        for (way, &(attention, share)) in self.attention.iter().enumerate() {
+            let (decodes, prefills) = self.cores.entry((cut.clone(), way)).or_default();
+            if batch.decodes > 0.0 {
+                let of_way = decodes.at(batch.decodes, batch.context, |seqs, context| {
+                    price(&attend::decode(core, attention, seqs, context, kv))
+                });
+                cost = cost.plus(of_way.times(share));
+            }
+            if batch.prefill_tokens > 0.0 {
+                // One prompt at a time: each has a causal mask of its own.
+                let prompts = batch.prefills.max(1.0);
+                let tokens = batch.prefill_tokens / prompts;
+                let of_one = prefills.at(tokens, 1.0 + batch.prefill_context, |tokens, before| {
+                    price(&attend::prefill(core, attention, tokens, tokens + before - 1.0, kv))
+                });
+                cost = cost.plus(of_one.times(share * prompts));
+            }
         }
         cost
     }
@@ -634,6 +671,20 @@ impl Layer {
         iteration.deviation = variance.sqrt() * (seconds / spent).min(1.0);
         iteration
     }
+}
+
+/// Different ways in which layers attend, each with its share of the layers.
+fn ways_of_attending(model: &ModelSpec) -> Vec<(LayerAttention, f64)> {
+    let mut ways: Vec<(LayerAttention, f64)> = Vec::new();
+    for layer in 0..model.layers.len() {
+        let attention = model.layer_attention(layer);
+        match ways.iter_mut().find(|(way, _)| *way == attention) {
+            Some((_, share)) => *share += 1.0,
+            None => ways.push((attention, 1.0)),
+        }
+    }
+    ways.iter_mut().for_each(|(_, share)| *share /= model.layers.len() as f64);
+    ways
 }
 
 /// Where the time of a part goes.

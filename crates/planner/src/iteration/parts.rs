@@ -9,7 +9,7 @@ use moesaic_device::OpCall;
 use moesaic_model::{LoadDType, MetaModel, SeqShape, StepShape};
 use moesaic_plan::plan::{Mesh, Pool};
 use moesaic_plan::{Plan, PlanFile, Rank, Work};
-use moesaic_spec::{Bytes, Cluster, Ffn, Gpu, ModelSpec};
+use moesaic_spec::{Bytes, Cluster, Ffn, Gpu, LayerAttention, ModelSpec, PlanningOnly};
 
 use crate::PlannerError;
 use crate::cost::{Op, Precision};
@@ -100,8 +100,6 @@ pub enum PartOp {
         n: u64,
         /// Inner width.
         k: u64,
-        /// Multiplies weights of a routed or shared expert.
-        expert: bool,
     },
     /// Attention over the KV cache of this many heads.
     AttentionCore {
@@ -234,10 +232,23 @@ impl Parts {
 
 /// The first dense and the first MoE layer.
 fn one_layer_of_each_kind(model: &ModelSpec) -> ModelSpec {
-    let is_moe = |ffn: &&Ffn| ffn.as_moe().is_some();
-    let dense = model.layers.iter().find(|ffn| !is_moe(ffn));
-    let moe = model.layers.iter().find(is_moe);
-    ModelSpec { layers: dense.into_iter().chain(moe).cloned().collect(), num_mtp_layers: 0, ..model.clone() }
+    few_layers(model, 1, 1)
+}
+
+/// A model of so many dense and MoE layers, as far as it has the kind, whose layers look at all tokens: other ways of attending
+/// are priced apart.
+pub(crate) fn few_layers(model: &ModelSpec, dense: usize, moe: usize) -> ModelSpec {
+    let of_kind = |is_moe: bool, count: usize| {
+        let layer = model.layers.iter().find(|ffn| ffn.as_moe().is_some() == is_moe);
+        std::iter::repeat_n(layer, count).flatten().cloned()
+    };
+    let layers: Vec<Ffn> = of_kind(false, dense).chain(of_kind(true, moe)).collect();
+    let full = |planning: &PlanningOnly| PlanningOnly {
+        attention: vec![LayerAttention::Full; layers.len()],
+        ..planning.clone()
+    };
+    let planning_only = model.planning_only.as_ref().map(full);
+    ModelSpec { layers, num_mtp_layers: 0, planning_only, ..model.clone() }
 }
 
 /// The smallest plan that cuts the model like this, and its rank with the most heads.
@@ -296,17 +307,16 @@ fn part_ops(part: Part, low: &OpCall, high: &OpCall) -> Vec<PartOp> {
         let high = high.dims.iter().find(|(dim, _)| *dim == name).expect("the same letters");
         Affine::through(dim(name) as f64, high.1 as f64)
     };
-    let expert = part == Part::SharedExpert;
     match low.op {
-        "linear" => vec![PartOp::Gemm { rows: rows("T"), n: dim("N"), k: dim("K"), expert }],
+        "linear" => vec![PartOp::Gemm { rows: rows("T"), n: dim("N"), k: dim("K") }],
         // One product a head: the same weights and operations as one that is as wide as all of them.
-        "head_linear" => vec![PartOp::Gemm { rows: rows("T"), n: dim("H") * dim("N"), k: dim("K"), expert }],
+        "head_linear" => vec![PartOp::Gemm { rows: rows("T"), n: dim("H") * dim("N"), k: dim("K") }],
         "attention" => {
             vec![PartOp::AttentionCore { heads: dim("H"), kv_heads: dim("G"), head_dim: dim("C") }]
         }
         "mla_attention" => vec![PartOp::MlaCore { heads: dim("H"), latent: dim("L"), rope: dim("P") }],
         "experts" if part == Part::Experts => vec![PartOp::RoutedExperts { intermediate: dim("F") }],
-        "experts" => dense_mlp(low, rows("R"), dim("D"), dim("F"), expert),
+        "experts" => dense_mlp(low, rows("R"), dim("D"), dim("F")),
         _ => vec![PartOp::Stream {
             flops: Affine::through(low.flops.expected, high.flops.expected),
             bytes: Affine::through(low.bytes.expected, high.bytes.expected),
@@ -315,14 +325,14 @@ fn part_ops(part: Part, low: &OpCall, high: &OpCall) -> Vec<PartOp> {
 }
 
 /// An MLP for all rows: one or two products up, one down, and what is kept between them.
-fn dense_mlp(call: &OpCall, rows: Affine, hidden: u64, intermediate: u64, expert: bool) -> Vec<PartOp> {
+fn dense_mlp(call: &OpCall, rows: Affine, hidden: u64, intermediate: u64) -> Vec<PartOp> {
     let per_matrix = 2.0 * rows.at(LOW as f64) * (hidden * intermediate) as f64;
     let up = (call.flops.expected / per_matrix).round() as u64 - 1;
     let kept = |width: u64| Affine { fixed: 0.0, per_row: rows.per_row * width as f64 };
     vec![
-        PartOp::Gemm { rows, n: up * intermediate, k: hidden, expert },
+        PartOp::Gemm { rows, n: up * intermediate, k: hidden },
         PartOp::Stream { flops: kept(4 * intermediate), bytes: kept(2 * (up + 1) * intermediate) },
-        PartOp::Gemm { rows, n: hidden, k: intermediate, expert },
+        PartOp::Gemm { rows, n: hidden, k: intermediate },
     ]
 }
 
@@ -394,6 +404,17 @@ mod tests {
         assert_eq!(gemms(&parts, Part::Mlp), [(36864, 7168), (7168, 18432)]);
         assert_eq!(gemms(&parts, Part::SharedExpert), [(4096, 7168), (7168, 2048)]);
         assert!(parts.ops(Part::Attention).contains(&PartOp::MlaCore { heads: 128, latent: 512, rope: 64 }));
+    }
+
+    /// Every preset can be priced, whatever it has that cannot be run.
+    #[test]
+    fn every_preset_has_parts() {
+        for preset in moesaic_spec::presets() {
+            let model = preset.spec().unwrap();
+            let placed = model.num_moe_layers() > 0;
+            let parts = Parts::trace(&model, &Cut { tp: 2, heads: None, placed }).unwrap();
+            assert!(!gemms(&parts, Part::Attention).is_empty() && parts.bytes().kv_per_token > 0.0, "{}", preset.name);
+        }
     }
 
     #[test]
