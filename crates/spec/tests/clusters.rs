@@ -1,8 +1,8 @@
 //! Clusters and workloads: the presets, what is refused with which sentence, and any text.
 
 use moesaic_spec::{
-    Arrival, Bytes, Cluster, DType, Energy, Gpu, LinkClass, Power, TokenRange, Workload, cluster_preset, clusters,
-    gpu_preset, gpus, workload_preset, workloads,
+    Arrival, Bytes, Cluster, DType, Energy, Gpu, LinkClass, Power, TokenRange, WeightFormat, Workload, cluster_preset,
+    clusters, gpu_preset, gpus, workload_preset, workloads,
 };
 use proptest::prelude::*;
 
@@ -219,6 +219,15 @@ fn a_cluster_that_cannot_grow_says_why() {
     ] {
         assert_eq!(error.unwrap_err().to_string(), expected);
     }
+}
+
+#[test]
+fn the_peak_is_that_of_the_weights() {
+    let (h100, b200) = (gpu_preset("h100-sxm").unwrap(), gpu_preset("b200").unwrap());
+    assert_eq!(h100.peak_of(WeightFormat::Fp8Block), 2.0 * h100.peak_of(WeightFormat::Bf16) + 1e12);
+    assert_eq!(h100.peak_of(WeightFormat::Mxfp4), h100.peak_flops.bf16);
+    assert_eq!(b200.peak_of(WeightFormat::Nvfp4), b200.peak_flops.f4);
+    assert_eq!(b200.peak_of(WeightFormat::Int4), b200.peak_flops.bf16);
 }
 
 #[test]
