@@ -23,7 +23,7 @@ use moesaic_plan::plan::{AttentionPlan, Mesh};
 use moesaic_plan::{Plan, PlanFile, Rank, Schedule, Setting, Strategy};
 use moesaic_spec::model::scale::Scale;
 use moesaic_spec::workload::TokenRange;
-use moesaic_spec::{ModelSpec, Workload, cluster_preset};
+use moesaic_spec::{Arrival, ModelSpec, Workload, cluster_preset};
 
 const CLUSTER: &str = "a100-4x4";
 /// Rounds of a model, the dropped one included: a small model's are short.
@@ -73,6 +73,8 @@ fn workloads() -> [Workload; 4] {
         input_tokens: TokenRange { min: input.0, max: input.1 },
         output_tokens: TokenRange { min: output.0, max: output.1 },
         seed: 1,
+        arrival: Arrival::AtStart,
+        prefix_hit: 0.0,
     };
     [
         workload("chat-small", 32, (16, 64), (24, 32)),

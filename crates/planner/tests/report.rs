@@ -8,7 +8,7 @@ use moesaic_planner::report::{
     ABOUT_TIMES, Activity, ClusterFacts, Comparison, ModelFacts, Sameness, StrategyReport, Timeline, TimelineRow,
     TimelineSpan, VERSION, WorkloadFacts,
 };
-use moesaic_spec::{LinkClass, TokenRange, Workload};
+use moesaic_spec::{Arrival, LinkClass, TokenRange, Workload};
 
 use script::{Script, cluster, op, receive, send};
 
@@ -48,6 +48,8 @@ fn comparison() -> Comparison {
         input_tokens: TokenRange { min: 8, max: 16 },
         output_tokens: TokenRange { min: 32, max: 32 },
         seed: 1,
+        arrival: Arrival::AtStart,
+        prefix_hit: 0.0,
     };
     let mut comparison = Comparison::new(model, ClusterFacts::of(&cluster(2)), WorkloadFacts::of(&workload));
     comparison.strategies = vec![

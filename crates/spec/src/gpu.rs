@@ -2,7 +2,7 @@
 
 pub(crate) mod file;
 
-use crate::{Bytes, DType};
+use crate::{Bytes, DType, WeightFormat};
 
 /// One GPU (or, on a laptop, one share of the CPU).
 #[derive(Clone, Debug, PartialEq)]
@@ -61,6 +61,19 @@ impl Gpu {
             DType::F8E4M3 => self.peak_flops.f8,
             DType::F32 => self.peak_flops.f32,
             _ => self.peak_flops.bf16,
+        }
+    }
+
+    /// Peak for weights in a format. Four-bit floats are expanded to BF16 where the GPU has no arithmetic of their own, four-bit
+    /// integers always.
+    pub fn peak_of(&self, format: WeightFormat) -> f64 {
+        let PeakFlops { bf16, f8, f4, f32 } = self.peak_flops;
+        match format {
+            WeightFormat::F32 => f32,
+            WeightFormat::Bf16 | WeightFormat::Int4 => bf16,
+            WeightFormat::Fp8 | WeightFormat::Fp8Block => f8,
+            WeightFormat::Mxfp4 | WeightFormat::Nvfp4 if f4 > f8 => f4,
+            WeightFormat::Mxfp4 | WeightFormat::Nvfp4 => bf16,
         }
     }
 }

@@ -31,7 +31,9 @@ const CLUSTERS: &[PresetFile] = files![
     "gb200-nvl72", "laptop"
 ];
 
-const WORKLOADS: &[PresetFile] = files!["workloads": "chat-small", "prefill", "decode", "paper-001", "paper-003"];
+const WORKLOADS: &[PresetFile] = files![
+    "workloads": "chat-small", "prefill", "decode", "paper-001", "paper-003", "chat", "reasoning", "rag", "sharegpt"
+];
 
 /// All GPUs.
 pub fn gpus() -> &'static [PresetFile] {

@@ -1,8 +1,8 @@
 //! Clusters and workloads: the presets, what is refused with which sentence, and any text.
 
 use moesaic_spec::{
-    Bytes, Cluster, DType, Energy, Gpu, LinkClass, Power, TokenRange, Workload, cluster_preset, clusters, gpu_preset,
-    gpus, workload_preset, workloads,
+    Arrival, Bytes, Cluster, DType, Energy, Gpu, LinkClass, Power, TokenRange, WeightFormat, Workload, cluster_preset,
+    clusters, gpu_preset, gpus, workload_preset, workloads,
 };
 use proptest::prelude::*;
 
@@ -61,6 +61,9 @@ fn the_default_workload_is_32_short_chats() {
     assert_eq!(workload.input_tokens, TokenRange { min: 16, max: 64 });
     assert_eq!(workload.output_tokens, TokenRange { min: 24, max: 32 });
     assert_eq!(workload.longest(), 96);
+    assert_eq!((workload.arrival, workload.prefix_hit), (Arrival::AtStart, 0.0));
+    assert_eq!(workload_preset("rag").unwrap().arrival, Arrival::Closed { concurrency: 64 });
+    assert_eq!(workload_preset("sharegpt").unwrap().arrival, Arrival::Poisson { requests_per_s: 4.0 });
     assert_eq!(workload_preset("paper-001").unwrap().longest(), 10_000);
     assert_eq!(workload_preset("paper-003").unwrap().longest(), 2048);
 }
@@ -73,9 +76,9 @@ fn unknown_names_and_keys_are_told_the_nearest() {
          hgx-h800, hgx-h20, hgx-b200, h200-x2-nv18, gb200-nvl72, laptop)"
     );
     assert_eq!(
-        workload_preset("chat").unwrap_err().to_string(),
-        "no workload is called \"chat\"; did you mean `chat-small`? (workloads: chat-small, prefill, decode, paper-001, \
-         paper-003)"
+        workload_preset("chat-smal").unwrap_err().to_string(),
+        "no workload is called \"chat-smal\"; did you mean `chat-small`? (workloads: chat-small, prefill, decode, paper-001, \
+         paper-003, chat, reasoning, rag, sharegpt)"
     );
     assert_eq!(
         cluster_sentence("laptop", "memory_bandwidth:", "memory_bandwith:"),
@@ -219,6 +222,15 @@ fn a_cluster_that_cannot_grow_says_why() {
 }
 
 #[test]
+fn the_peak_is_that_of_the_weights() {
+    let (h100, b200) = (gpu_preset("h100-sxm").unwrap(), gpu_preset("b200").unwrap());
+    assert_eq!(h100.peak_of(WeightFormat::Fp8Block), 2.0 * h100.peak_of(WeightFormat::Bf16) + 1e12);
+    assert_eq!(h100.peak_of(WeightFormat::Mxfp4), h100.peak_flops.bf16);
+    assert_eq!(b200.peak_of(WeightFormat::Nvfp4), b200.peak_flops.f4);
+    assert_eq!(b200.peak_of(WeightFormat::Int4), b200.peak_flops.bf16);
+}
+
+#[test]
 fn energy_has_defaults_and_is_read() {
     assert_eq!(cluster_preset("laptop").unwrap().energy, Energy::default());
     let text = clusters()[0].yaml.replace("inter_node:", "energy: {pue: 1.5, co2_g_per_kwh: 20}\ninter_node:");
@@ -245,6 +257,18 @@ fn wrong_workloads_are_refused() {
         (
             "name: w\nnum_requests: 1\ninput_tokens: 1\noutput_tokens: 1\nseed: -1\n",
             "w.yaml: field `seed` is -1, but must be a whole number from 0",
+        ),
+        (
+            "name: w\nnum_requests: 1\ninput_tokens: 1\noutput_tokens: 1\narrival: {poisson: 0}\n",
+            "w.yaml: field `arrival.poisson` is 0, but must be a number from 1e-6 to 1000000.0",
+        ),
+        (
+            "name: w\nnum_requests: 1\ninput_tokens: 1\noutput_tokens: 1\narrival: {poisson: 1, closed: 2}\n",
+            "w.yaml: field `arrival` is {\"closed\":2,\"poisson\":1}, but must be one of poisson (requests/s) and closed (users)",
+        ),
+        (
+            "name: w\nnum_requests: 1\ninput_tokens: 1\noutput_tokens: 1\nprefix_hit: 30\n",
+            "w.yaml: field `prefix_hit` is 30, but must be a number from 0.0 to 1.0",
         ),
     ] {
         assert_eq!(workload_sentence(text), expected);
@@ -283,10 +307,16 @@ proptest! {
     #[test]
     fn workloads_survive_writing(
         name in any::<String>(), num_requests in 1usize..100, input in 1usize..50, more in 0usize..50, seed in any::<u64>(),
+        arrival in prop_oneof![
+            Just(Arrival::AtStart),
+            (1e-6..=1e6).prop_map(|requests_per_s| Arrival::Poisson { requests_per_s }),
+            (1usize..1000).prop_map(|concurrency| Arrival::Closed { concurrency }),
+        ],
+        prefix_hit in 0.0..=1.0,
     ) {
         let input_tokens = TokenRange { min: input, max: input + more };
         let output_tokens = TokenRange { min: 1 + more, max: 1 + more };
-        let workload = Workload { name, num_requests, input_tokens, output_tokens, seed };
+        let workload = Workload { name, num_requests, input_tokens, output_tokens, seed, arrival, prefix_hit };
         prop_assert_eq!(Workload::from_yaml(&workload.to_yaml(), "written").unwrap(), workload);
     }
 }

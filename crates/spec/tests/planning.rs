@@ -103,6 +103,11 @@ fn weights_have_the_formats_of_their_checkpoint() {
         (json!({"quant_method": "modelopt", "quant_algo": "FP8"}), formats(Fp8, Fp8)),
         (json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["*.self_attn*"]}), formats(Bf16, Nvfp4)),
         (json!({"quant_method": "awq"}), formats(Int4, Int4)),
+        (
+            json!({"quant_method": "fp8", "weight_block_size": [128, 128],
+                   "modules_to_not_convert": ["model.layers.0.self_attn.q_a_layernorm"]}),
+            formats(Fp8Block, Fp8Block),
+        ),
     ] {
         assert_eq!(changed("glm-5", json!({"quantization_config": config})).unwrap().formats(), expected);
     }

@@ -23,7 +23,8 @@ pub(crate) fn read(f: &Fields) -> Result<WeightFormats, SpecError> {
     // Where attention is left alone, so are all matrices but the experts: nobody publishes it otherwise.
     let keeps_attention = ["ignore", "exclude_modules", "modules_to_not_convert"].iter().any(|key| {
         let names = q.get(key).and_then(Value::as_array).into_iter().flatten();
-        names.filter_map(Value::as_str).any(|name| name.contains("self_attn"))
+        // The module with all in it, wildcards behind it or not; its norms alone are never converted.
+        names.filter_map(Value::as_str).any(|name| name.trim_end_matches(['.', '*']).ends_with("self_attn"))
     });
     let all = |format| if keeps_attention { experts_only(format) } else { WeightFormats::uniform(format) };
     match q.text("quant_method")? {

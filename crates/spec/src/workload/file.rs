@@ -5,13 +5,15 @@ use std::ops::RangeInclusive;
 
 use serde_json::Value;
 
-use super::{TokenRange, Workload};
+use super::{Arrival, TokenRange, Workload};
 use crate::SpecError;
 use crate::fields::{Fields, show};
 use crate::yaml::{parse_mapping, scalar};
 
 const REQUESTS: RangeInclusive<usize> = 1..=1 << 20;
 const TOKENS: RangeInclusive<usize> = 1..=1 << 22;
+/// Requests/s.
+const RATE: RangeInclusive<f64> = 1e-6..=1e6;
 /// Prompt tokens of all requests together: a gigabyte of token ids.
 const TOKENS_IN_ALL: usize = 1 << 28;
 
@@ -23,7 +25,7 @@ impl Workload {
     pub fn from_yaml(text: &str, origin: &str) -> Result<Workload, SpecError> {
         let map = parse_mapping(text, origin)?;
         let f = Fields::new(origin, "", &map);
-        f.only_keys(&["name", "num_requests", "input_tokens", "output_tokens", "seed"])?;
+        f.only_keys(&["name", "num_requests", "input_tokens", "output_tokens", "seed", "arrival", "prefix_hit"])?;
         let num_requests = f.size("num_requests", None, REQUESTS)?;
         let input_tokens = read_range(&f, "input_tokens")?;
         if input_tokens.max.saturating_mul(num_requests) > TOKENS_IN_ALL {
@@ -40,6 +42,8 @@ impl Workload {
             input_tokens,
             output_tokens: read_range(&f, "output_tokens")?,
             seed,
+            arrival: read_arrival(&f)?,
+            prefix_hit: f.number("prefix_hit", 0.0, 0.0..=1.0)?,
         })
     }
 
@@ -56,12 +60,31 @@ impl Workload {
             };
         }
         let _ = writeln!(text, "seed: {}", self.seed);
+        let _ = match self.arrival {
+            Arrival::AtStart => Ok(()),
+            Arrival::Poisson { requests_per_s } => writeln!(text, "arrival: {{poisson: {requests_per_s:e}}}"),
+            Arrival::Closed { concurrency } => writeln!(text, "arrival: {{closed: {concurrency}}}"),
+        };
+        if self.prefix_hit > 0.0 {
+            let _ = writeln!(text, "prefix_hit: {:e}", self.prefix_hit);
+        }
         text
     }
 
     /// Tokens of the longest sequence that a request can become.
     pub fn longest(&self) -> usize {
         self.input_tokens.max + self.output_tokens.max
+    }
+}
+
+/// `{poisson: requests/s}` or `{closed: users}`; all at the start where it is absent.
+fn read_arrival(f: &Fields) -> Result<Arrival, SpecError> {
+    let Some(arrival) = f.section("arrival")? else { return Ok(Arrival::AtStart) };
+    arrival.only_keys(&["poisson", "closed"])?;
+    match (arrival.opt_number("poisson", RATE)?, arrival.opt_size("closed", REQUESTS)?) {
+        (Some(requests_per_s), None) => Ok(Arrival::Poisson { requests_per_s }),
+        (None, Some(concurrency)) => Ok(Arrival::Closed { concurrency }),
+        _ => Err(f.invalid("arrival", show(&f.map()["arrival"]), "one of poisson (requests/s) and closed (users)")),
     }
 }
 

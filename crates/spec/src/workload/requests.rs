@@ -45,6 +45,7 @@ impl Workload {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Arrival;
     use super::*;
 
     /// The first values of the published generator for seed 1234567.
@@ -66,6 +67,8 @@ mod tests {
             input_tokens: TokenRange { min: 3, max: 9 },
             output_tokens: TokenRange { min: 1, max: 2 },
             seed: 7,
+            arrival: Arrival::AtStart,
+            prefix_hit: 0.0,
         };
         let requests = workload.requests(11);
         assert_eq!(requests, workload.requests(11));
