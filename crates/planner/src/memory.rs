@@ -49,19 +49,23 @@ impl Footprint {
     /// For steps of at most so many tokens of one data-parallel group.
     pub fn new(model: &ModelSpec, layout: &Layout, formats: Formats, parts: &Parts, step_tokens: f64) -> Footprint {
         let bytes = parts.bytes();
-        let (dense, moe) = layout.fullest_stage(model);
-        let layers = (dense + moe) as f64;
+        let stages = layout.stages(model);
+        let most_layers = stages.iter().map(|(moe, dense)| moe + dense).max().unwrap_or(0) as f64;
         // The trace has weights as the checkpoint stores them.
         let stored = Formats::of(model);
         let held = formats.dense.bytes() / stored.dense.bytes();
         let routed = formats.experts.bytes() / stored.experts.bytes();
         let copies = layout.attention_replicas as f64;
-        let attention_weights = bytes.embedding_and_head
-            + moe as f64 * bytes.router
-            + held
-                * (layers * bytes.attention * copies
-                    + dense as f64 * bytes.dense_mlp
-                    + moe as f64 * bytes.shared_experts);
+        let weights = |&(moe, dense): &(usize, usize)| {
+            bytes.embedding_and_head
+                + moe as f64 * bytes.router
+                + held
+                    * ((moe + dense) as f64 * bytes.attention * copies
+                        + dense as f64 * bytes.dense_mlp
+                        + moe as f64 * bytes.shared_experts)
+        };
+        let attention_weights = stages.iter().map(weights).fold(0.0, f64::max);
+        let moe = stages.iter().map(|(moe, _)| *moe).max().unwrap_or(0);
         let spec = model.layers.iter().find_map(|ffn| ffn.as_moe());
         let experts = spec.map_or(0.0, |moe| (moe.num_experts + layout.redundant_experts) as f64);
         let expert_weights =
@@ -82,7 +86,7 @@ impl Footprint {
         let grows =
             |layer: &usize| matches!(model.layer_attention(*layer), LayerAttention::Full | LayerAttention::Sparse(_));
         let growing = (0..model.layers.len()).filter(grows).count() as f64 / model.layers.len() as f64;
-        let per_token = layers * growing * bytes.kv_per_token * formats.kv.bytes() / 2.0;
+        let per_token = most_layers * growing * bytes.kv_per_token * formats.kv.bytes() / 2.0;
         match layout.experts {
             ExpertLayout::Pool { ep } => {
                 let arriving = rows * layout.dp as f64 * top_k / ep as f64;

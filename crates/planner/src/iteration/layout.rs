@@ -152,8 +152,8 @@ impl Layout {
         }
     }
 
-    /// Dense and MoE layers of the stage that has most MoE layers (and most layers among those).
-    pub fn fullest_stage(&self, model: &ModelSpec) -> (usize, usize) {
+    /// MoE and dense layers of each stage.
+    pub fn stages(&self, model: &ModelSpec) -> Vec<(usize, usize)> {
         let num_layers = model.layers.len();
         let even =
             || (0..self.pp).map(|stage| num_layers / self.pp + usize::from(stage < num_layers % self.pp)).collect();
@@ -165,7 +165,12 @@ impl Layout {
             let moe = layers.iter().filter(|ffn| ffn.as_moe().is_some()).count();
             (moe, count - moe)
         };
-        let (moe, dense) = counts.iter().map(stage).max().unwrap_or_default();
+        counts.iter().map(stage).collect()
+    }
+
+    /// Dense and MoE layers of the stage that has most MoE layers (and most layers among those): the one that others wait for.
+    pub fn fullest_stage(&self, model: &ModelSpec) -> (usize, usize) {
+        let (moe, dense) = self.stages(model).into_iter().max().unwrap_or_default();
         (dense, moe)
     }
 

@@ -251,7 +251,7 @@ pub(crate) fn few_layers(model: &ModelSpec, dense: usize, moe: usize) -> ModelSp
     ModelSpec { layers, num_mtp_layers: 0, planning_only, ..model.clone() }
 }
 
-/// The smallest plan that cuts the model like this, and its rank with the most heads.
+/// The smallest plan that cuts the model like this, and its rank with the most heads, or with most of the cache among those.
 fn surrogate(model: &ModelSpec, cut: &Cut) -> Result<(Plan, Rank), PlannerError> {
     let places = cut.placed && model.num_moe_layers() > 0;
     // One rank alone exchanges nothing, but the same ops surround its experts.
@@ -263,8 +263,11 @@ fn surrogate(model: &ModelSpec, cut: &Cut) -> Result<(Plan, Rank), PlannerError>
     file.moe.max_experts_per_rank = Some(usize::MAX);
     file.attention.heads.clone_from(&cut.heads);
     let plan = Plan::new(file, model, &boundless(ranks, ranks))?;
-    let most = cut.heads.iter().flatten().enumerate().max_by_key(|&(idx, heads)| (heads, usize::MAX - idx));
-    Ok((plan, Rank(most.map_or(0, |(idx, _)| idx as u32))))
+    let memory = plan.rank_memory(model);
+    let heads = |rank: usize| plan.shards[rank].attention.as_ref().map_or(0, |attention| attention.heads.len());
+    let fullest = |&rank: &usize| (heads(rank), memory[rank].kv_bytes_per_token, usize::MAX - rank);
+    let rank = (0..ranks).max_by_key(fullest).expect("there are ranks");
+    Ok((plan, Rank(rank as u32)))
 }
 
 /// A cluster on which every plan fits: only its shape matters.
@@ -276,13 +279,17 @@ pub(crate) fn boundless(gpus: usize, gpus_per_node: usize) -> Cluster {
 
 /// What the plan says of the rank's memory, for one layer of each kind.
 fn part_bytes(model: &ModelSpec, plan: &Plan, rank: Rank, activations: Affine) -> PartBytes {
-    let memory = plan.rank_memory(model)[rank.idx()];
+    let ranks = plan.rank_memory(model);
+    let memory = ranks[rank.idx()];
     let layers = model.layers.len() as f64;
     let moe = model.layers.iter().find_map(|ffn| ffn.as_moe());
-    let held = match plan.file.places_experts() {
-        true => plan.experts_of(rank).iter().map(Vec::len).sum(),
-        false => moe.map_or(1, |moe| moe.num_experts),
+    let held = |rank: usize| match plan.file.places_experts() {
+        true => plan.experts_of(Rank(rank as u32)).iter().map(Vec::len).sum(),
+        false => moe.map_or(0, |moe| moe.num_experts),
     };
+    // With more ranks than experts, some have none.
+    let expert = ranks.iter().enumerate().find(|&(rank, _)| held(rank) > 0);
+    let expert = expert.map_or(0.0, |(rank, memory)| memory.routed_experts as f64 / held(rank) as f64);
     // One layer of each kind at most, so what only one kind has is of one layer.
     PartBytes {
         embedding_and_head: memory.embedding_and_head as f64,
@@ -290,7 +297,7 @@ fn part_bytes(model: &ModelSpec, plan: &Plan, rank: Rank, activations: Affine) -
         dense_mlp: memory.dense_mlp as f64,
         router: memory.router as f64,
         shared_experts: memory.shared_experts as f64,
-        expert: memory.routed_experts as f64 / held.max(1) as f64,
+        expert,
         kv_per_token: memory.kv_bytes_per_token as f64 / layers / model.dtype.compute().size_bytes() as f64 * 2.0,
         activations,
     }
