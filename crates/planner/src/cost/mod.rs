@@ -1,0 +1,27 @@
+//! What ops and messages cost.
+//!
+//! An op ([`Op`]) is priced in three layers. The **roofline** ([`roofline`]) is what the data sheet says, with launches, tiles
+//! and waves. A small network, trained on all measurements of the op's kind, says by which factor kernels miss it. **Kriging**
+//! corrects the factor by what was measured nearby, on whichever device and by whichever stack. A price says which of them
+//! it rests on, and how unsure it is ([`Price`]).
+//!
+//! Factors are looked up for the device that was measured and are applied to the GPU's own roofline. So a cluster file with
+//! more bandwidth or more FLOP/s never makes an op slower, and no price is below [`roofline::bound`].
+
+mod features;
+mod learned;
+mod link;
+mod model;
+mod op;
+mod params;
+pub mod published;
+pub mod roofline;
+mod skew;
+mod table;
+pub mod validate;
+
+pub use learned::{Family, Learned};
+pub use link::{LinkPrice, Roofline};
+pub use model::{CostModel, Price, Source};
+pub use op::{Op, Phase, Precision};
+pub use table::{Row, Stack, parse};
