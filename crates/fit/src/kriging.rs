@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 /// Points that a prediction is made from.
 const NEIGHBOURS: usize = 48;
 /// Points that one is made from while scales are looked for, where the order of candidates counts and not the last digit.
-const NEIGHBOURS_OF_FIT: usize = 32;
+const NEIGHBOURS_OF_FIT: usize = 24;
 /// Most points whose own prediction is looked at for one candidate.
-const TARGETS_OF_FIT: usize = 400;
+const TARGETS_OF_FIT: usize = 250;
 /// Least variance of noise, as a share of the sill: it keeps the equations solvable where two points are one.
 const LEAST_NOISE: f64 = 1e-6;
 

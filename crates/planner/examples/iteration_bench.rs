@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use moesaic_planner::cost::{CostModel, Precision};
+use moesaic_planner::cost::{CostModel, Precision, Stack};
 use moesaic_planner::iteration::{Batch, ExpertLayout, Formats, Iterations, Layout};
 use moesaic_planner::load::{ExpertLoad, LoadModel};
 use moesaic_planner::network::{Library, Network};
@@ -16,7 +16,7 @@ fn main() {
         &model,
         &cluster,
         formats,
-        CostModel::new(&cluster.gpu),
+        CostModel::new(&cluster.gpu, Stack::Sglang),
         Network::new(&cluster, Library::Custom),
         Some(ExpertLoad::new(LoadModel::Uniform, 256, 8).unwrap().into()),
     );

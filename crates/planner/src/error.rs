@@ -117,6 +117,28 @@ pub enum PlannerError {
         /// Actions of the schedule.
         actions: usize,
     },
+    /// A table of measurements that cannot be used.
+    #[error("{file}, line {line}, column {column}: {why}")]
+    Table {
+        /// Which table.
+        file: String,
+        /// Line, from 1.
+        line: usize,
+        /// Column; empty if the whole line is wrong.
+        column: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A parameter that no op can have.
+    #[error("{name} is {value}, and should be {right}")]
+    Parameter {
+        /// Its name.
+        name: String,
+        /// What it is.
+        value: String,
+        /// What would be right.
+        right: String,
+    },
     /// An operation that no table has.
     #[error(
         "{op:?} is no operation between GPUs; there are nccl_all_reduce, nccl_all_gather, nccl_reduce_scatter, \

@@ -41,6 +41,7 @@ pub mod memory;
 pub mod metrics;
 pub mod network;
 pub mod predict;
+pub mod price;
 pub mod record;
 pub mod report;
 pub mod serving;

@@ -1,31 +1,28 @@
-//! What ops cost.
+//! What ops and messages cost.
+//!
+//! An op ([`Op`]) is priced in three layers. The **roofline** ([`roofline`]) is what the data sheet says, with launches, tiles
+//! and waves. A small network, trained on all measurements of the op's kind, says by which factor kernels miss it. **Kriging**
+//! corrects the factor by what was measured nearby, on whichever device and by whichever stack. A price says which of them
+//! it rests on, and how unsure it is ([`Price`]).
+//!
+//! Factors are looked up for the device that was measured and are applied to the GPU's own roofline. So a cluster file with
+//! more bandwidth or more FLOP/s never makes an op slower, and no price is below [`roofline::bound`].
 
+mod features;
+mod learned;
 mod link;
+mod model;
 mod op;
+mod params;
+pub mod published;
+pub mod roofline;
+mod skew;
+mod table;
+pub mod validate;
 
-use moesaic_spec::Gpu;
-
-pub use crate::network::{Price, Source};
+pub use crate::price::{Price, Source};
+pub use learned::{Family, Learned};
 pub use link::{LinkPrice, Roofline};
-pub use op::{Op, Precision, touched};
-
-/// Prices ops on one GPU.
-#[derive(Clone, Debug)]
-pub struct CostModel {
-    gpu: Gpu,
-}
-
-impl CostModel {
-    /// For a GPU.
-    pub fn new(gpu: &Gpu) -> CostModel {
-        CostModel { gpu: gpu.clone() }
-    }
-
-    /// What an op costs.
-    pub fn price(&self, op: &Op) -> Price {
-        let gpu = &self.gpu;
-        let computing = op.flops() / (op.precision().peak(gpu) * gpu.compute_utilization);
-        let streaming = op.bytes() / (gpu.memory_bandwidth * gpu.memory_utilization);
-        Price { seconds: gpu.launch_s + computing.max(streaming), sd: 0.3, source: Source::Roofline }
-    }
-}
+pub use model::CostModel;
+pub use op::{Op, Phase, Precision};
+pub use table::{Row, Stack, parse};

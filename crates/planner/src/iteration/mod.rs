@@ -21,7 +21,7 @@ use moesaic_spec::{Cluster, LayerAttention, ModelSpec, Moe, WeightFormat, Weight
 pub use layout::{ExpertLayout, Layout};
 
 use crate::PlannerError;
-use crate::cost::{CostModel, Op, Precision, Price};
+use crate::cost::{CostModel, Op, Phase, Precision, Price};
 use crate::load::ExpertLoad;
 use crate::memory::Footprint;
 use crate::network::{Algorithm, Copies, Exchange, Group, M2n, Mode, Network};
@@ -42,7 +42,7 @@ pub struct Cost {
     pub bytes: f64,
     /// Bytes sent to other ranks.
     pub sent: f64,
-    /// Seconds that come from measured tables, from the roofline and from the learned predictor.
+    /// Seconds by where they come from, in the order of [`Source`](crate::price::Source).
     pub by_source: [f64; 3],
 }
 
@@ -235,6 +235,7 @@ pub struct Iterations<'a> {
 struct ExpertKey {
     layout: ExpertLayout,
     tp: usize,
+    senders: usize,
     redundant: usize,
     balanced: bool,
 }
@@ -510,6 +511,7 @@ impl<'a> Iterations<'a> {
         let key = ExpertKey {
             layout: layout.experts,
             tp: layout.expert_cut(),
+            senders: layout.tp * layout.dp,
             redundant: layout.redundant_experts,
             balanced: layout.balanced,
         };
@@ -550,18 +552,28 @@ impl<'a> Iterations<'a> {
     /// The routed experts of one rank, when all ranks together have so many tokens.
     fn routed(&mut self, layout: &Layout, key: ExpertKey, moe: &Moe, tokens: f64) -> Cost {
         let (costs, weights, hidden) = (&self.costs, self.formats.experts, self.model.hidden_size as f64);
+        let (intermediate, top_k) = (moe.intermediate_size as f64, moe.top_k as f64);
+        let experts = (moe.num_experts + layout.redundant_experts) as f64;
+        let (ep, matrices) = (layout.expert_ranks() as f64, moe.activation.matrices());
+        let senders = (layout.tp * layout.dp) as f64;
         self.experts.entry(key).or_default().at(tokens, |tokens| {
-            let op = Op::Experts {
-                tokens,
-                hidden,
-                intermediate: moe.intermediate_size as f64,
-                top_k: moe.top_k as f64,
-                experts: (moe.num_experts + layout.redundant_experts) as f64,
-                tp: layout.expert_cut() as f64,
-                ep: layout.expert_ranks() as f64,
-                weights,
-                matrices: moe.activation.matrices(),
-                skew: 0.0,
+            let op = match layout.experts.exchanges() {
+                false => {
+                    let tp = layout.expert_cut() as f64;
+                    Op::Experts { tokens, hidden, intermediate, top_k, experts, tp, ep, weights, matrices, skew: 0.0 }
+                }
+                // As many weights and operations as with three matrices.
+                true => Op::ExpertsDeepEp {
+                    tokens,
+                    hidden,
+                    intermediate: intermediate * matrices as f64 / 3.0,
+                    top_k,
+                    experts,
+                    ep,
+                    weights,
+                    skew: 0.0,
+                    phase: if tokens / senders <= LOW_LATENCY_TOKENS { Phase::Generation } else { Phase::Context },
+                },
             };
             Cost::of_op(&op, costs.price(&op))
         })

@@ -26,6 +26,7 @@ pub mod published;
 
 use moesaic_spec::{Cluster, Link, LinkClass};
 
+pub use crate::price::{Price, Source};
 pub use calibration::{Calibration, Family, FittedCurve, HeldOut, MeasuredGpu, OPS, Version, held_out};
 pub use collective::{Algorithm, Collective, CollectiveKind};
 pub use comm_op::CommOp;
@@ -34,33 +35,6 @@ pub use exchange::{Copies, Exchange, Exchanged, M2n, Mode, expected_distinct};
 
 use calibration::Profile;
 use curve::Tier;
-
-/// What an operation costs.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Price {
-    /// Expected time, seconds.
-    pub seconds: f64,
-    /// Standard deviation of its natural logarithm.
-    pub sd: f64,
-    /// Where it comes from.
-    pub source: Source,
-}
-
-/// Where a price comes from, from the surest to the least sure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Source {
-    /// Between measurements of this GPU.
-    Table,
-    /// Beyond the measurements, or on a GPU that has none, by a fitted law.
-    Predictor,
-    /// From the links' figures alone.
-    Roofline,
-}
-
-impl Price {
-    /// What does not happen costs nothing.
-    pub const NOTHING: Price = Price { seconds: 0.0, sd: 0.0, source: Source::Table };
-}
 
 /// How a communicator lies over nodes: equally many ranks on each, the last node perhaps fewer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

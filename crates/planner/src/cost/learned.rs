@@ -1,0 +1,237 @@
+//! By which factor kernels miss the roofline, learned from rows of tables.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use moesaic_fit::{Estimate, Kriging, Mlp, Point, Sample, Training, random};
+use serde::{Deserialize, Serialize};
+
+use super::features::{Place, measured_as, unit_seconds};
+use super::op::Precision;
+use super::published;
+use super::table::{Row, Stack};
+
+/// Ops that share what is learned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Family {
+    /// Dense products.
+    Gemm,
+    /// Routed experts.
+    Experts,
+    /// Routed experts behind DeepEP, prompts.
+    Context,
+    /// Routed experts behind DeepEP, decode.
+    Generation,
+    /// Attention of prompts.
+    AttentionPrefill,
+    /// Attention of decode steps.
+    AttentionDecode,
+    /// Latent attention of decode steps.
+    MlaDecode,
+}
+
+/// Rows that train a network; fewer are left to kriging alone.
+const LEAST_ROWS_OF_NETWORK: usize = 100;
+/// Networks whose mean predicts: what one sees in too few rows, others do not.
+const NETWORKS: u64 = 3;
+const TRAINING: Training = Training { minibatch: 16, max_epochs: 60, patience: 15, learning_rate: 4e-3 };
+
+/// What was learned, for each family that has rows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Learned {
+    families: BTreeMap<Family, Fit>,
+}
+
+/// What was learned of one family.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Fit {
+    categories: BTreeSet<String>,
+    network: Option<Network>,
+    /// Of the coordinates.
+    scales: Vec<f64>,
+    sill: f64,
+    nugget: f64,
+    /// By how much standard deviations must grow for 90 % of rows that were held out to lie inside their 90 % interval.
+    pub(super) widening: f64,
+}
+
+/// Networks with what their inputs and output are standardised by.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Network {
+    mean: Vec<f64>,
+    /// 1 / standard deviation; 0 of a coordinate that never changed.
+    scale: Vec<f64>,
+    output_mean: f64,
+    output_scale: f64,
+    networks: Vec<Mlp>,
+}
+
+impl Network {
+    fn train(samples: &[(Vec<f64>, f64)]) -> Option<Network> {
+        if samples.len() < LEAST_ROWS_OF_NETWORK {
+            return None;
+        }
+        let inputs = samples[0].0.len();
+        let column = |i: usize| samples.iter().map(move |(x, _)| x[i]);
+        let moments: Vec<(f64, f64)> = (0..inputs).map(|i| mean_and_deviation(column(i))).collect();
+        let (output_mean, deviation) = mean_and_deviation(samples.iter().map(|(_, y)| *y));
+        let mut network = Network {
+            mean: moments.iter().map(|(mean, _)| *mean).collect(),
+            scale: moments.iter().map(|(_, sd)| if *sd > 1e-9 { 1.0 / sd } else { 0.0 }).collect(),
+            output_mean,
+            output_scale: deviation.max(1e-9),
+            networks: Vec::new(),
+        };
+        let samples: Vec<Sample> =
+            samples.iter().map(|(x, y)| (network.standardised(x), (y - output_mean) / network.output_scale)).collect();
+        // Each network leaves out another part of the samples, by which it knows when to stop.
+        let part = |idx: usize| (random::uniform(77, idx as u64) * NETWORKS as f64 * 2.0) as u64;
+        for seed in 0..NETWORKS {
+            let choose = |kept: bool| -> Vec<Sample> {
+                let wanted = |idx: usize| (part(idx) == seed) != kept;
+                samples.iter().enumerate().filter(|(idx, _)| wanted(*idx)).map(|(_, sample)| sample.clone()).collect()
+            };
+            let mut mlp = Mlp::new(inputs, |place| random::uniform(seed, place));
+            mlp.train(&choose(true), &choose(false), &TRAINING, |place| random::uniform(!seed, place));
+            network.networks.push(mlp);
+        }
+        Some(network)
+    }
+
+    fn standardised(&self, x: &[f64]) -> Vec<f64> {
+        x.iter().zip(self.mean.iter().zip(&self.scale)).map(|(x, (mean, scale))| (x - mean) * scale).collect()
+    }
+
+    fn predict(&self, x: &[f64]) -> f64 {
+        let x = self.standardised(x);
+        let sum: f64 = self.networks.iter().map(|mlp| mlp.predict(&x)).sum();
+        self.output_mean + self.output_scale * sum / self.networks.len() as f64
+    }
+}
+
+fn mean_and_deviation(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
+    let n = values.clone().count() as f64;
+    let mean = values.clone().sum::<f64>() / n;
+    (mean, (values.map(|v| (v - mean).powi(2)).sum::<f64>() / n).sqrt())
+}
+
+/// A row as a place and the logarithm of its factor.
+fn factor(row: &Row) -> (Place<'_>, f64) {
+    let gpu = &published::device(&row.device).expect("rows are of devices with tables").gpu;
+    let place = Place { op: &row.op, device: &row.device, gpu, stack: row.stack, kernel: &row.kernel };
+    (place, (row.seconds / unit_seconds(gpu, &row.op)).ln())
+}
+
+/// Rows by family.
+pub(super) fn by_family(rows: &[Row]) -> BTreeMap<Family, Vec<&Row>> {
+    let mut families: BTreeMap<Family, Vec<&Row>> = BTreeMap::new();
+    for row in rows {
+        if let Some((family, _)) = measured_as(&row.op) {
+            families.entry(family).or_default().push(row);
+        }
+    }
+    families
+}
+
+impl Fit {
+    /// Learns from rows of one family. Scales are looked for from those of `like`, where one is given.
+    pub(super) fn train(rows: &[&Row], like: Option<&Fit>) -> Fit {
+        let factors: Vec<(Place, f64)> = rows.iter().map(|row| factor(row)).collect();
+        let categories: BTreeSet<String> = factors.iter().flat_map(|(place, _)| place.categories()).collect();
+        let samples: Vec<(Vec<f64>, f64)> =
+            factors.iter().map(|(place, y)| (place.coordinates(&categories), *y)).collect();
+        let network = Network::train(&samples);
+        let inputs = samples[0].0.len();
+        let sizes = inputs - categories.len();
+        let start = like.filter(|like| like.categories == categories).map_or_else(
+            || (0..inputs).map(|i| if i < sizes { 2.0 } else { 1.0 }).collect(),
+            |like| like.scales.clone(),
+        );
+        let points = points(network.as_ref(), samples);
+        let kriging = Kriging::fit(points, &start, None);
+        Fit {
+            categories,
+            network,
+            scales: kriging.scales().to_vec(),
+            sill: kriging.sill(),
+            nugget: kriging.nugget(),
+            widening: 1.0,
+        }
+    }
+}
+
+/// What the network leaves over.
+fn points(network: Option<&Network>, samples: Vec<(Vec<f64>, f64)>) -> Vec<Point> {
+    let rest = |(at, y): (Vec<f64>, f64)| Point { value: y - network.map_or(0.0, |n| n.predict(&at)), at };
+    samples.into_iter().map(rest).collect()
+}
+
+/// A fit with the rows that it stands among.
+#[derive(Debug)]
+pub(super) struct Factors {
+    pub(super) fit: Fit,
+    kriging: Kriging,
+    /// Rows by stack, precision and kernel.
+    kernels: BTreeMap<(Stack, Precision), BTreeMap<String, usize>>,
+}
+
+impl Factors {
+    pub(super) fn new(fit: Fit, rows: &[&Row]) -> Factors {
+        let sample = |row: &&Row| {
+            let (place, y) = factor(row);
+            (place.coordinates(&fit.categories), y)
+        };
+        let points = points(fit.network.as_ref(), rows.iter().map(sample).collect());
+        let kriging = Kriging::new(points, fit.scales.clone(), fit.sill, fit.nugget);
+        let mut kernels: BTreeMap<_, BTreeMap<String, usize>> = BTreeMap::new();
+        for row in rows {
+            *kernels.entry((row.stack, row.op.precision())).or_default().entry(row.kernel.clone()).or_default() += 1;
+        }
+        Factors { fit, kriging, kernels }
+    }
+
+    /// The logarithm of the factor at a place.
+    pub(super) fn predict(&self, place: &Place) -> Estimate {
+        let at = place.coordinates(&self.fit.categories);
+        let rest = self.kriging.predict(&at);
+        let mean = rest.mean + self.fit.network.as_ref().map_or(0.0, |network| network.predict(&at));
+        Estimate { mean, sd: rest.sd * self.fit.widening, ..rest }
+    }
+
+    /// The kernel that a stack uses most for a precision.
+    pub(super) fn usual_kernel(&self, stack: Stack, precision: Precision) -> Option<&str> {
+        let kernels = self.kernels.get(&(stack, precision))?;
+        kernels.iter().max_by_key(|(_, count)| **count).map(|(kernel, _)| kernel.as_str())
+    }
+}
+
+impl Learned {
+    /// Learns from all rows.
+    pub fn train<'a>(rows: &'a [Row]) -> Learned {
+        let families = std::thread::scope(|scope| {
+            let train = |(family, rows): (Family, Vec<&'a Row>)| (family, scope.spawn(move || Fit::train(&rows, None)));
+            let running: Vec<_> = by_family(rows).into_iter().map(train).collect();
+            running.into_iter().map(|(family, fit)| (family, fit.join().expect("no panic in a fit"))).collect()
+        });
+        Learned { families }
+    }
+
+    pub(super) fn fit(&self, family: Family) -> Option<&Fit> {
+        self.families.get(&family)
+    }
+
+    /// Sets by how much the standard deviations of a family grow.
+    pub fn widen(&mut self, family: Family, widening: f64) {
+        if let Some(fit) = self.families.get_mut(&family) {
+            fit.widening = widening;
+        }
+    }
+
+    /// Puts what was learned back among the rows.
+    pub(super) fn factors(&self, rows: &[Row]) -> BTreeMap<Family, Factors> {
+        let with_rows = by_family(rows).into_iter();
+        with_rows
+            .filter_map(|(family, rows)| Some((family, Factors::new(self.families.get(&family)?.clone(), &rows))))
+            .collect()
+    }
+}
