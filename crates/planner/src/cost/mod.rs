@@ -20,7 +20,7 @@ mod skew;
 mod table;
 pub mod validate;
 
-pub use learned::{Family, Learned};
+pub use learned::{Family, Learned, Widening};
 pub use link::{LinkPrice, Roofline};
 pub use model::{CostModel, Price, Source};
 pub use op::{Op, Phase, Precision};
