@@ -1,6 +1,7 @@
 //! Prices of ops: physics as properties, tables that are refused, what is read from parameters.
 
-use moesaic_planner::cost::{CostModel, Op, Phase, Precision, Source, Stack, parse, published, roofline};
+use moesaic_planner::cost::validate::{Split, cross_validate};
+use moesaic_planner::cost::{CostModel, Learned, Op, Phase, Precision, Source, Stack, parse, published, roofline};
 use moesaic_spec::{Gpu, gpu_preset};
 use proptest::prelude::*;
 
@@ -235,4 +236,28 @@ fn ops_are_read_from_parameters() {
         read("moe_wideep_context", r#"{"dtype":"fp8","tokens":1,"h":1,"inter":1,"topk":1,"E":1,"ep":1,"dist":"odd"}"#);
     assert!(skew.unwrap_err().to_string().starts_with("dist is odd"));
     assert!(read("conv", "{}").unwrap_err().to_string().starts_with("op is conv, and should be one of gemm"));
+}
+
+#[test]
+fn a_row_that_is_held_out_has_no_say_in_its_price() {
+    let few =
+        |row: &moesaic_planner::cost::Row| row.device == "a100_sxm" && matches!(row.op, Op::AttentionPrefill { .. });
+    let rows: Vec<_> = published::rows().into_iter().filter(few).collect();
+    let learned = Learned::train(&rows);
+    let mut other = rows.clone();
+    other[7].seconds *= 3.0;
+    let (before, after) =
+        (cross_validate(&rows, &learned, Split::Rows, 5), cross_validate(&other, &learned, Split::Rows, 5));
+    assert_eq!((before.len(), after.len()), (rows.len(), rows.len()));
+    let price = |held_out: &[moesaic_planner::cost::validate::HeldOut], op: &Op, stack| {
+        held_out.iter().find(|held| held.row.op == *op && held.row.stack == stack).map(|held| held.seconds)
+    };
+    let (op, stack) = (rows[7].op, rows[7].stack);
+    assert_eq!(price(&before, &op, stack), price(&after, &op, stack));
+    // The others learned from it.
+    let moved = rows.iter().filter(|row| price(&before, &row.op, row.stack) != price(&after, &row.op, row.stack));
+    assert!(moved.count() > rows.len() / 2);
+    let mut errors: Vec<f64> = before.iter().map(|held| held.error()).collect();
+    errors.sort_by(f64::total_cmp);
+    assert!(errors[errors.len() / 2] < 0.1, "{errors:?}");
 }

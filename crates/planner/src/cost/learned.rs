@@ -30,10 +30,12 @@ pub enum Family {
     MlaDecode,
 }
 
-/// Rows that train a network; fewer are left to kriging alone.
-const LEAST_ROWS_OF_NETWORK: usize = 100;
+/// Rows that train networks; fewer are met better by kriging alone.
+const LEAST_ROWS_OF_NETWORKS: usize = 1_000;
 /// Networks whose mean predicts: what one sees in too few rows, others do not.
-const NETWORKS: u64 = 3;
+const NETWORKS: usize = 3;
+/// Length scales to the nearest row within which it speaks for an op.
+pub(super) const NEAR: f64 = 1.0;
 const TRAINING: Training = Training { minibatch: 16, max_epochs: 60, patience: 15, learning_rate: 4e-3 };
 
 /// What was learned, for each family that has rows.
@@ -42,20 +44,35 @@ pub struct Learned {
     families: BTreeMap<Family, Fit>,
 }
 
+/// By how much standard deviations must grow for 90 % of rows that were held out to lie inside their 90 % interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Widening {
+    /// Within [`NEAR`] length scales of a row.
+    pub near: f64,
+    /// Beyond: networks know less of shapes that they never saw than of those that they were trained on.
+    pub far: f64,
+}
+
+impl Widening {
+    /// At a distance in length scales.
+    pub fn at(&self, distance: f64) -> f64 {
+        if distance <= NEAR { self.near } else { self.far }
+    }
+}
+
 /// What was learned of one family.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Fit {
     categories: BTreeSet<String>,
-    network: Option<Network>,
+    network: Network,
     /// Of the coordinates.
     scales: Vec<f64>,
     sill: f64,
     nugget: f64,
-    /// By how much standard deviations must grow for 90 % of rows that were held out to lie inside their 90 % interval.
-    pub(super) widening: f64,
+    widening: Widening,
 }
 
-/// Networks with what their inputs and output are standardised by.
+/// Networks with what their inputs and output are standardised by. Without any network, the mean of all samples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Network {
     mean: Vec<f64>,
@@ -67,10 +84,7 @@ struct Network {
 }
 
 impl Network {
-    fn train(samples: &[(Vec<f64>, f64)]) -> Option<Network> {
-        if samples.len() < LEAST_ROWS_OF_NETWORK {
-            return None;
-        }
+    fn train(samples: &[(Vec<f64>, f64)]) -> Network {
         let inputs = samples[0].0.len();
         let column = |i: usize| samples.iter().map(move |(x, _)| x[i]);
         let moments: Vec<(f64, f64)> = (0..inputs).map(|i| mean_and_deviation(column(i))).collect();
@@ -84,18 +98,20 @@ impl Network {
         };
         let samples: Vec<Sample> =
             samples.iter().map(|(x, y)| (network.standardised(x), (y - output_mean) / network.output_scale)).collect();
-        // Each network leaves out another part of the samples, by which it knows when to stop.
-        let part = |idx: usize| (random::uniform(77, idx as u64) * NETWORKS as f64 * 2.0) as u64;
-        for seed in 0..NETWORKS {
+        // Each network leaves out another sixth of the samples, by which it knows when to stop.
+        let part = |idx: usize| (random::uniform(77, idx as u64) * 6.0) as usize;
+        let networks = if samples.len() < LEAST_ROWS_OF_NETWORKS { 0 } else { NETWORKS };
+        for left_out in 0..networks {
             let choose = |kept: bool| -> Vec<Sample> {
-                let wanted = |idx: usize| (part(idx) == seed) != kept;
+                let wanted = |idx: usize| (part(idx) == left_out) != kept;
                 samples.iter().enumerate().filter(|(idx, _)| wanted(*idx)).map(|(_, sample)| sample.clone()).collect()
             };
+            let seed = left_out as u64;
             let mut mlp = Mlp::new(inputs, |place| random::uniform(seed, place));
             mlp.train(&choose(true), &choose(false), &TRAINING, |place| random::uniform(!seed, place));
             network.networks.push(mlp);
         }
-        Some(network)
+        network
     }
 
     fn standardised(&self, x: &[f64]) -> Vec<f64> {
@@ -105,7 +121,7 @@ impl Network {
     fn predict(&self, x: &[f64]) -> f64 {
         let x = self.standardised(x);
         let sum: f64 = self.networks.iter().map(|mlp| mlp.predict(&x)).sum();
-        self.output_mean + self.output_scale * sum / self.networks.len() as f64
+        self.output_mean + self.output_scale * sum / self.networks.len().max(1) as f64
     }
 }
 
@@ -147,7 +163,7 @@ impl Fit {
             || (0..inputs).map(|i| if i < sizes { 2.0 } else { 1.0 }).collect(),
             |like| like.scales.clone(),
         );
-        let points = points(network.as_ref(), samples);
+        let points = points(&network, samples);
         let kriging = Kriging::fit(points, &start, None);
         Fit {
             categories,
@@ -155,15 +171,14 @@ impl Fit {
             scales: kriging.scales().to_vec(),
             sill: kriging.sill(),
             nugget: kriging.nugget(),
-            widening: 1.0,
+            widening: Widening { near: 1.0, far: 1.0 },
         }
     }
 }
 
 /// What the network leaves over.
-fn points(network: Option<&Network>, samples: Vec<(Vec<f64>, f64)>) -> Vec<Point> {
-    let rest = |(at, y): (Vec<f64>, f64)| Point { value: y - network.map_or(0.0, |n| n.predict(&at)), at };
-    samples.into_iter().map(rest).collect()
+fn points(network: &Network, samples: Vec<(Vec<f64>, f64)>) -> Vec<Point> {
+    samples.into_iter().map(|(at, y)| Point { value: y - network.predict(&at), at }).collect()
 }
 
 /// A fit with the rows that it stands among.
@@ -181,7 +196,7 @@ impl Factors {
             let (place, y) = factor(row);
             (place.coordinates(&fit.categories), y)
         };
-        let points = points(fit.network.as_ref(), rows.iter().map(sample).collect());
+        let points = points(&fit.network, rows.iter().map(sample).collect());
         let kriging = Kriging::new(points, fit.scales.clone(), fit.sill, fit.nugget);
         let mut kernels: BTreeMap<_, BTreeMap<String, usize>> = BTreeMap::new();
         for row in rows {
@@ -194,8 +209,8 @@ impl Factors {
     pub(super) fn predict(&self, place: &Place) -> Estimate {
         let at = place.coordinates(&self.fit.categories);
         let rest = self.kriging.predict(&at);
-        let mean = rest.mean + self.fit.network.as_ref().map_or(0.0, |network| network.predict(&at));
-        Estimate { mean, sd: rest.sd * self.fit.widening, ..rest }
+        let mean = rest.mean + self.fit.network.predict(&at);
+        Estimate { mean, sd: rest.sd * self.fit.widening.at(rest.distance), ..rest }
     }
 
     /// The kernel that a stack uses most for a precision.
@@ -221,7 +236,7 @@ impl Learned {
     }
 
     /// Sets by how much the standard deviations of a family grow.
-    pub fn widen(&mut self, family: Family, widening: f64) {
+    pub fn widen(&mut self, family: Family, widening: Widening) {
         if let Some(fit) = self.families.get_mut(&family) {
             fit.widening = widening;
         }

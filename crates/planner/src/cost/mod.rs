@@ -21,7 +21,7 @@ mod table;
 pub mod validate;
 
 pub use crate::price::{Price, Source};
-pub use learned::{Family, Learned};
+pub use learned::{Family, Learned, Widening};
 pub use link::{LinkPrice, Roofline};
 pub use model::CostModel;
 pub use op::{Op, Phase, Precision};

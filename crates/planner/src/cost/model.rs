@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock};
 use moesaic_spec::Gpu;
 
 use super::features::{Place, measured_as, unit_seconds};
-use super::learned::{Factors, Family, Learned};
+use super::learned::{Factors, Family, Learned, NEAR};
 use super::op::Op;
 use super::published::{self, Device};
 use super::roofline;
@@ -17,8 +17,6 @@ use crate::price::{Price, Source};
 const UNMEASURED_SD: f64 = 0.4;
 /// The same of what another GPU, or another stack, is to this one: the spread of factors between those that were measured.
 const BORROWED_SD: f64 = 0.2;
-/// Length scales to the nearest row within which it speaks for an op.
-const NEAR: f64 = 1.0;
 
 static PUBLISHED: LazyLock<Arc<BTreeMap<Family, Factors>>> = LazyLock::new(|| {
     let text = include_str!("../../../../bench/results/published/fit-ops.json");
@@ -65,10 +63,15 @@ impl CostModel {
 
     /// What an op costs with a kernel that tables name; with the usual one for `None`.
     pub fn price_kernel(&self, op: &Op, kernel: Option<&str>) -> Price {
+        self.price_and_distance(op, kernel).0
+    }
+
+    /// The price, and the length scales to the nearest row; infinite where there is none.
+    pub(super) fn price_and_distance(&self, op: &Op, kernel: Option<&str>) -> (Price, f64) {
         let known = measured_as(op).and_then(|(family, measured)| Some((self.factors.get(&family)?, measured)));
         let Some((factors, measured)) = known else {
             let seconds = roofline::seconds(&self.gpu, op).max(roofline::bound(&self.gpu, op));
-            return Price { seconds, sd: UNMEASURED_SD, source: Source::Roofline };
+            return (Price { seconds, sd: UNMEASURED_SD, source: Source::Roofline }, f64::INFINITY);
         };
         let usual = factors.usual_kernel(self.stack, measured.precision());
         let place = Place {
@@ -83,6 +86,6 @@ impl CostModel {
         let source = if own && factor.distance <= NEAR { Source::Table } else { Source::Predictor };
         let seconds = unit_seconds(&self.gpu, op) * factor.mean.exp();
         let sd = if own { factor.sd } else { factor.sd.hypot(BORROWED_SD) };
-        Price { seconds: seconds.max(roofline::bound(&self.gpu, op)), sd, source }
+        (Price { seconds: seconds.max(roofline::bound(&self.gpu, op)), sd, source }, factor.distance)
     }
 }

@@ -1,11 +1,11 @@
 //! How well prices meet measurements that they were not learned from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use moesaic_fit::random;
 
-use super::learned::{Factors, Family, Fit, by_family};
+use super::learned::{Factors, Family, Fit, NEAR, Widening, by_family};
 use super::{CostModel, Learned, Op, Row, published, roofline};
 
 /// Which rows are held out together.
@@ -28,6 +28,8 @@ pub struct HeldOut<'a> {
     pub seconds: f64,
     /// Standard deviation of its logarithm, as learned; [`widenings`] says by how much it must grow.
     pub sd: f64,
+    /// To the nearest row that was learned from, in length scales.
+    pub distance: f64,
 }
 
 impl HeldOut<'_> {
@@ -64,8 +66,9 @@ pub fn cross_validate<'a>(rows: &'a [Row], learned: &Learned, split: Split, part
         let factors = Arc::new(BTreeMap::from([(family, factors)]));
         let price = |(_, &row): (usize, &&'a Row)| {
             let gpu = &published::device(&row.device).expect("a device with tables").gpu;
-            let price = CostModel::of(gpu, row.stack, factors.clone()).price_kernel(&row.op, Some(&row.kernel));
-            HeldOut { row, family, seconds: price.seconds, sd: price.sd }
+            let model = CostModel::of(gpu, row.stack, factors.clone());
+            let (price, distance) = model.price_and_distance(&row.op, Some(&row.kernel));
+            HeldOut { row, family, seconds: price.seconds, sd: price.sd, distance }
         };
         test.into_iter().map(price).collect()
     };
@@ -96,11 +99,20 @@ fn shape(op: &Op) -> u64 {
     })
 }
 
-/// By how much standard deviations of each family must grow for 90 % of the rows to lie in their 90 % interval.
-pub fn widenings(held_out: &[HeldOut]) -> BTreeMap<Family, f64> {
-    let mut of: BTreeMap<Family, Vec<f64>> = BTreeMap::new();
-    held_out.iter().for_each(|held| of.entry(held.family).or_default().push(held.z()));
-    of.into_iter().map(|(family, z)| (family, quantile(z, 0.9) / Z90)).collect()
+/// By how much standard deviations of each family must grow for 90 % of the rows to lie in their 90 % interval: near rows by
+/// [`Split::Rows`], far from all by [`Split::Shapes`].
+pub fn widenings(rows: &[HeldOut], shapes: &[HeldOut]) -> BTreeMap<Family, Widening> {
+    let needed = |held_out: &[HeldOut], of: &dyn Fn(&HeldOut) -> bool| {
+        let z: Vec<f64> = held_out.iter().filter(|held| of(held)).map(|held| held.z()).collect();
+        (!z.is_empty()).then(|| quantile(z, 0.9) / Z90)
+    };
+    let families: BTreeSet<Family> = rows.iter().map(|held| held.family).collect();
+    let widening = |family| {
+        let near = needed(rows, &|held| held.family == family && held.distance <= NEAR).unwrap_or(1.0);
+        let far = needed(shapes, &|held| held.family == family && held.distance > NEAR).unwrap_or(near);
+        Widening { near, far: far.max(near) }
+    };
+    families.into_iter().map(|family| (family, widening(family))).collect()
 }
 
 /// How well a set of rows is met.
@@ -114,19 +126,24 @@ pub struct Score {
     pub p90: f64,
     /// Share of rows inside their 90 % interval.
     pub coverage: f64,
+    /// Share of rows that are far from all that was learned from.
+    pub far: f64,
     /// Predictions that are faster than physics.
     pub below_physics: usize,
 }
 
-/// Scores of some rows, whose standard deviations grow by `widening`. `None` without rows.
-pub fn score<'a>(held_out: impl Iterator<Item = &'a HeldOut<'a>>, widening: impl Fn(Family) -> f64) -> Option<Score> {
+/// Scores of some rows, whose standard deviations grow by `widenings`. `None` without rows.
+pub fn score<'a>(
+    held_out: impl Iterator<Item = &'a HeldOut<'a>>,
+    widenings: &BTreeMap<Family, Widening>,
+) -> Option<Score> {
     let held_out: Vec<_> = held_out.collect();
     if held_out.is_empty() {
         return None;
     }
     let rows = held_out.len();
     let errors: Vec<f64> = held_out.iter().map(|held| held.error()).collect();
-    let inside = held_out.iter().filter(|held| held.z() <= Z90 * widening(held.family)).count();
+    let inside = held_out.iter().filter(|held| held.z() <= Z90 * widenings[&held.family].at(held.distance)).count();
     let below = |held: &&&HeldOut| {
         let gpu = &published::device(&held.row.device).expect("a device with tables").gpu;
         held.seconds < roofline::bound(gpu, &held.row.op)
@@ -135,6 +152,7 @@ pub fn score<'a>(held_out: impl Iterator<Item = &'a HeldOut<'a>>, widening: impl
         rows,
         median: quantile(errors.clone(), 0.5),
         p90: quantile(errors, 0.9),
+        far: held_out.iter().filter(|held| held.distance > NEAR).count() as f64 / rows as f64,
         coverage: inside as f64 / rows as f64,
         below_physics: held_out.iter().filter(below).count(),
     })
