@@ -43,6 +43,7 @@ pub mod network;
 pub mod predict;
 pub mod record;
 pub mod report;
+pub mod search;
 pub mod serving;
 pub mod trace;
 
