@@ -47,5 +47,5 @@ pub use plan::{Plan, PlanFile, Stage};
 pub use rules::cut_unit;
 pub use schedule::{Action, AllReduce, Collective, Lane, MessageKind, Peers, Schedule, Tag, Work};
 pub use shard::{AttentionShard, ExpertShard, RankShard, Slice};
-pub use strategy::{Setting, Strategy};
+pub use strategy::{Setting, Strategy, can_cut, uneven_heads};
 pub use traffic::Traffic;

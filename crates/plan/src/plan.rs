@@ -54,6 +54,9 @@ pub struct PlanFile {
     /// Limits of one rank's memory.
     #[serde(default)]
     pub memory: MemoryPlan,
+    /// What whoever made the plan expects of it; nothing that runs looks at it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<Prediction>,
 }
 
 fn one() -> usize {
@@ -81,6 +84,7 @@ impl PlanFile {
             balance: None,
             synchronize: None,
             memory: MemoryPlan::default(),
+            prediction: None,
         }
     }
 }
@@ -252,6 +256,37 @@ pub struct MemoryPlan {
     /// Share of the GPU's memory that may be used; 0.9 when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub utilization: Option<f64>,
+}
+
+/// What is expected of a plan, and under which assumptions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prediction {
+    /// Requests at a time, over all data-parallel groups.
+    pub concurrency: f64,
+    /// Time to first token, milliseconds.
+    pub ttft_ms: Interval,
+    /// Time per output token after the first, milliseconds.
+    pub tpot_ms: Interval,
+    /// Output tokens per second of all users together.
+    pub tokens_per_s: Interval,
+    /// Memory of the fullest rank, GiB.
+    pub memory_gib: f64,
+    /// What else was assumed, a sentence each.
+    #[serde(default)]
+    pub assumptions: Vec<String>,
+}
+
+/// A figure, and between which two it lies nine times out of ten.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Interval {
+    /// The median.
+    pub value: f64,
+    /// Less in one of twenty.
+    pub low: f64,
+    /// More in one of twenty.
+    pub high: f64,
 }
 
 /// Parts that a step is cut into at most: beyond four, each is too small to keep a GPU busy.

@@ -7,8 +7,8 @@ use moesaic_spec::yaml::parse_mapping;
 use serde_json::Value;
 
 use crate::plan::{
-    AttentionPlan, Balance, Exchange, ExchangePrecision, ExchangeRoute, ExplicitLayer, InitialPlacement, MemoryPlan,
-    Mesh, MoePlan, Overlap, Pool, Synchronize,
+    AttentionPlan, Balance, Exchange, ExchangePrecision, ExchangeRoute, ExplicitLayer, InitialPlacement, Interval,
+    MemoryPlan, Mesh, MoePlan, Overlap, Pool, Prediction, Synchronize,
 };
 use crate::{AllReduce, PlanError, PlanFile, Rank};
 
@@ -65,6 +65,7 @@ fn read(f: &Fields) -> Result<PlanFile, SpecError> {
         "balance",
         "synchronize",
         "memory",
+        "prediction",
     ])?;
     let mesh = f.section("mesh")?.ok_or_else(|| f.missing("mesh", "tp, pp, dp and ep; those left out are 1"))?;
     Ok(PlanFile {
@@ -85,6 +86,7 @@ fn read(f: &Fields) -> Result<PlanFile, SpecError> {
         balance: section(f, "balance", read_balance)?,
         synchronize: section(f, "synchronize", read_synchronize)?,
         memory: section(f, "memory", read_memory)?.unwrap_or_default(),
+        prediction: section(f, "prediction", read_prediction)?,
     })
 }
 
@@ -190,5 +192,29 @@ fn read_memory(f: &Fields) -> Result<MemoryPlan, SpecError> {
         max_num_seqs: f.opt_size("max_num_seqs", ANY)?,
         max_num_batched_tokens: f.opt_size("max_num_batched_tokens", ANY)?,
         utilization: f.opt_number("utilization", NUMBER)?,
+    })
+}
+
+fn read_prediction(f: &Fields) -> Result<Prediction, SpecError> {
+    f.only_keys(&["concurrency", "ttft_ms", "tpot_ms", "tokens_per_s", "memory_gib", "assumptions"])?;
+    let interval = |key: &str| {
+        let right = "a figure with its interval, {value: …, low: …, high: …}";
+        let f = f.section(key)?.ok_or_else(|| f.missing(key, right))?;
+        f.only_keys(&["value", "low", "high"])?;
+        let figure = |key: &str| f.required_number(key, 0.0..=f64::MAX);
+        Ok::<_, SpecError>(Interval { value: figure("value")?, low: figure("low")?, high: figure("high")? })
+    };
+    let sentence = |(idx, value): (usize, &Value)| {
+        let wrong = || f.invalid(&format!("assumptions[{idx}]"), show(value), "a text");
+        value.as_str().map(str::to_owned).ok_or_else(wrong)
+    };
+    let assumptions = f.list("assumptions")?.unwrap_or_default();
+    Ok(Prediction {
+        concurrency: f.required_number("concurrency", 0.0..=f64::MAX)?,
+        ttft_ms: interval("ttft_ms")?,
+        tpot_ms: interval("tpot_ms")?,
+        tokens_per_s: interval("tokens_per_s")?,
+        memory_gib: f.required_number("memory_gib", 0.0..=f64::MAX)?,
+        assumptions: assumptions.iter().enumerate().map(sentence).collect::<Result<_, _>>()?,
     })
 }

@@ -133,7 +133,7 @@ fn ma(setting: &Setting) -> Result<PlanFile, PlanError> {
     // By heads where every rank gets one, else by requests.
     let by_heads = can_cut(model, attention, false);
     let (tp, dp) = if by_heads { (attention, 1) } else { (1, attention) };
-    let heads = by_heads.then(|| uneven(model.attention.num_heads(), tp));
+    let heads = by_heads.then(|| uneven_heads(model.attention.num_heads(), tp));
     let replication = (attention > 1).then_some(2);
     let moe = MoePlan {
         pool: Pool::Separate,
@@ -186,7 +186,7 @@ fn largest_tp(model: &ModelSpec, ranks: usize, most: usize) -> usize {
 }
 
 /// Whether every one of `tp` ranks gets a part of heads, vocabulary and dense MLPs, and of experts if they are cut, too.
-fn can_cut(model: &ModelSpec, tp: usize, cut_experts: bool) -> bool {
+pub fn can_cut(model: &ModelSpec, tp: usize, cut_experts: bool) -> bool {
     let unit = cut_unit(model);
     let width_fits = |ffn: &Ffn| match ffn {
         Ffn::Dense(mlp) => mlp.intermediate_size.div_ceil(unit) >= tp,
@@ -210,6 +210,6 @@ fn experts_per_rank(model: &ModelSpec, ep: usize) -> Option<usize> {
 }
 
 /// Heads as equal as can be, more of them first: 32 over 12 ranks are 3,3,3,3,3,3,3,3,2,2,2,2.
-fn uneven(num_heads: usize, ranks: usize) -> Vec<usize> {
+pub fn uneven_heads(num_heads: usize, ranks: usize) -> Vec<usize> {
     (0..ranks).map(|rank| num_heads / ranks + usize::from(rank < num_heads % ranks)).collect()
 }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use moesaic_spec::yaml::scalar;
 
-use crate::plan::{ExplicitLayer, InitialPlacement};
+use crate::plan::{ExplicitLayer, InitialPlacement, Interval};
 use crate::read::{ALL_REDUCES, OVERLAPS, POOLS, PRECISIONS, ROUTES, name_of};
 use crate::{PlanFile, Rank};
 
@@ -36,7 +36,8 @@ impl PlanFile {
         self.write_moe(w)?;
         self.write_step(w)?;
         self.write_watchers(w)?;
-        self.write_memory(w)
+        self.write_memory(w)?;
+        self.write_prediction(w)
     }
 
     fn write_mesh(&self, w: &mut String) -> std::fmt::Result {
@@ -174,6 +175,30 @@ impl PlanFile {
             writeln!(w, "  utilization: {share:?} # share of the GPU's memory that may be used; 0.9 when absent")?;
         }
         Ok(())
+    }
+
+    fn write_prediction(&self, w: &mut String) -> std::fmt::Result {
+        let Some(prediction) = &self.prediction else { return Ok(()) };
+        writeln!(
+            w,
+            "\n# What was expected when the plan was made; nothing that runs looks at it. 9 in 10 lie from low to high."
+        )?;
+        writeln!(w, "prediction:")?;
+        writeln!(w, "  concurrency: {:?} # requests at a time, over all groups", prediction.concurrency)?;
+        let figures = [
+            ("ttft_ms", prediction.ttft_ms, "time to first token"),
+            ("tpot_ms", prediction.tpot_ms, "time per output token after the first"),
+            ("tokens_per_s", prediction.tokens_per_s, "output tokens per second of all users"),
+        ];
+        for (key, Interval { value, low, high }, meaning) in figures {
+            writeln!(w, "  {key}: {{value: {value:?}, low: {low:?}, high: {high:?}}} # {meaning}")?;
+        }
+        writeln!(w, "  memory_gib: {:?} # of the fullest rank", prediction.memory_gib)?;
+        if prediction.assumptions.is_empty() {
+            return Ok(());
+        }
+        writeln!(w, "  assumptions:")?;
+        prediction.assumptions.iter().try_for_each(|sentence| writeln!(w, "    - {}", scalar(sentence)))
     }
 }
 

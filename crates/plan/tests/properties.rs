@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use common::{huge_cluster, model};
 use moesaic_plan::plan::{
-    AttentionPlan, Balance, Exchange, ExchangePrecision, ExchangeRoute, ExplicitLayer, InitialPlacement, MemoryPlan,
-    Mesh, MoePlan, Overlap, Pool, Synchronize,
+    AttentionPlan, Balance, Exchange, ExchangePrecision, ExchangeRoute, ExplicitLayer, InitialPlacement, Interval,
+    MemoryPlan, Mesh, MoePlan, Overlap, Pool, Prediction, Synchronize,
 };
 use moesaic_plan::{AllReduce, ExpertShard, Plan, PlanFile, Rank, explain};
 use moesaic_spec::{Ffn, ModelSpec, Scale, preset};
@@ -60,7 +60,19 @@ fn any_file() -> impl Strategy<Value = PlanFile> {
     let names = (text(), text(), text(), text());
     let spread = (size(), mesh, option::of(vec(size(), 0..4)), attention, moe);
     let step = (size(), overlap, exchange, all_reduce);
-    let rest = (option::of(balance), option::of(synchronize), memory);
+    let figure = || 0.0..1e9f64;
+    let interval = || (figure(), figure(), figure()).prop_map(|(value, low, high)| Interval { value, low, high });
+    let prediction = (figure(), interval(), interval(), interval(), figure(), vec(text(), 0..3)).prop_map(
+        |(concurrency, ttft_ms, tpot_ms, tokens_per_s, memory_gib, assumptions)| Prediction {
+            concurrency,
+            ttft_ms,
+            tpot_ms,
+            tokens_per_s,
+            memory_gib,
+            assumptions,
+        },
+    );
+    let rest = (option::of(balance), option::of(synchronize), memory, option::of(prediction));
     (names, spread, step, rest).prop_map(|(names, spread, step, rest)| PlanFile {
         version: 1,
         name: names.0,
@@ -79,6 +91,7 @@ fn any_file() -> impl Strategy<Value = PlanFile> {
         balance: rest.0,
         synchronize: rest.1,
         memory: rest.2,
+        prediction: rest.3,
     })
 }
 

@@ -44,6 +44,7 @@ pub mod predict;
 pub mod price;
 pub mod record;
 pub mod report;
+pub mod search;
 pub mod serving;
 pub mod trace;
 

@@ -73,7 +73,14 @@ impl Footprint {
         let rows = step_tokens / layout.micro_batches as f64;
         let width = model.hidden_size as f64 * 2.0;
         let top_k = spec.map_or(0.0, |moe| moe.top_k as f64);
-        let travelling = if layout.experts.exchanges() { 2.0 * rows / layout.tp as f64 * top_k * width } else { 0.0 };
+        let sent = rows / layout.tp as f64 * top_k;
+        let arriving = rows * layout.dp as f64 * top_k / layout.expert_ranks() as f64;
+        // Rows out and answers in; and where experts are on the same rank, rows in and answers out.
+        let travelling = match layout.experts {
+            ExpertLayout::Placed { .. } => 2.0 * (sent + arriving) * width,
+            ExpertLayout::Pool { .. } => 2.0 * sent * width,
+            _ => 0.0,
+        };
         let summed = if layout.tp > 1 { 2.0 * rows * width } else { 0.0 };
         let own = Memory {
             attention_weights,
@@ -88,8 +95,7 @@ impl Footprint {
         let growing = (0..model.layers.len()).filter(grows).count() as f64 / model.layers.len() as f64;
         let per_token = most_layers * growing * bytes.kv_per_token * formats.kv.bytes() / 2.0;
         match layout.experts {
-            ExpertLayout::Pool { ep } => {
-                let arriving = rows * layout.dp as f64 * top_k / ep as f64;
+            ExpertLayout::Pool { .. } => {
                 let pool = Memory {
                     expert_weights,
                     // Rows in, what is between the products, answers out.

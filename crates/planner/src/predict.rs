@@ -64,6 +64,10 @@ impl Predictor<'_> {
     }
 }
 
+/// [`Predictor::system_sd`] of a system that was not measured: a judgement, a factor of 1.2 for a token and 1.4 for the first
+/// one in nine of ten cases.
+pub const UNMEASURED_SYSTEM_SD: (f64, f64) = (0.11, 0.2);
+
 /// A figure, and between which two it lies nine times out of ten.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
@@ -82,6 +86,11 @@ impl Estimate {
     /// With a standard deviation of its natural logarithm.
     pub fn new(value: f64, sd: f64) -> Estimate {
         Estimate { value, low: value * (-NINETY * sd).exp(), high: value * (NINETY * sd).exp() }
+    }
+
+    /// So many times as much.
+    pub fn times(&self, factor: f64) -> Estimate {
+        Estimate { value: self.value * factor, low: self.low * factor, high: self.high * factor }
     }
 
     /// What follows from a time: more time, less of it.

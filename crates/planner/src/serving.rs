@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::PlannerError;
-use crate::iteration::{Batch, Iteration, Iterations, Layout};
+use crate::iteration::{Batch, Iteration, Iterations, Layout, Resolved};
 
 /// Requests of one shape.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -71,6 +71,8 @@ impl Serving {
 
 /// Rounds of the fixed point; it settles in a few.
 const ROUNDS: usize = 8;
+/// Relative change of the number of answers at which it has.
+const SETTLED: f64 = 0.01;
 
 /// Prefill and decoding on the same ranks. `kv_tokens` is what the KV cache of one group holds.
 ///
@@ -82,19 +84,31 @@ pub fn aggregated(
     requests: &Requests,
     kv_tokens: f64,
 ) -> Result<Serving, PlannerError> {
+    let resolved = iterations.resolve(layout)?;
+    Ok(steady(iterations, &resolved, requests, kv_tokens))
+}
+
+/// [`aggregated`] of a layout that is found already.
+pub fn steady(iterations: &mut Iterations, resolved: &Resolved, requests: &Requests, kv_tokens: f64) -> Serving {
+    settle(resolved.layout(), requests, kv_tokens, |batch| iterations.price_resolved(resolved, batch))
+}
+
+/// The steady state of the layout's family if computing and exchange hid each other completely.
+pub fn ideal(iterations: &mut Iterations, resolved: &Resolved, requests: &Requests, kv_tokens: f64) -> Serving {
+    settle(resolved.layout(), requests, kv_tokens, |batch| iterations.ideal(resolved, batch))
+}
+
+fn settle(layout: &Layout, requests: &Requests, kv_tokens: f64, mut price: impl FnMut(&Batch) -> Iteration) -> Serving {
     let groups = layout.dp as f64;
     let fitting = (kv_tokens / (requests.input + requests.output)).floor().max(1.0);
     let asked = (requests.concurrency / groups).max(1.0);
     let slots = asked.min(fitting);
     let (tokens, output) = (requests.computed(), requests.output.max(1.0));
     let cached = requests.input - tokens;
-    let decode = |iterations: &mut Iterations, seqs: f64| {
-        iterations.price(layout, &Batch::decode(seqs.max(1.0), requests.context()))
-    };
     // A prompt is read in chunks of what the step has room for beside the answers.
-    let mixed = |iterations: &mut Iterations, seqs: f64, tokens_in_step: f64| {
+    let mixed = |seqs: f64, tokens_in_step: f64| {
         let prompts = (tokens_in_step / tokens).max(1.0);
-        let batch = Batch {
+        Batch {
             decodes: seqs,
             context: requests.context(),
             prefill_tokens: tokens_in_step,
@@ -102,10 +116,10 @@ pub fn aggregated(
             // In the mean, half of a prompt's earlier chunks are there.
             prefill_context: cached + (tokens - tokens_in_step / prompts).max(0.0) / 2.0,
             finished_prefills: tokens_in_step / tokens,
-        };
-        iterations.price(layout, &batch)
+        }
     };
     let mut answered = slots;
+    let mut last = None;
     let mut serving = None;
     for _ in 0..ROUNDS {
         let room = (requests.step_tokens - answered).max(1.0);
@@ -113,8 +127,8 @@ pub fn aggregated(
         let needed = answered * tokens / output;
         let chunk = needed.max(tokens).min(room);
         let share = (needed / chunk).min(1.0);
-        let plain = decode(iterations, answered)?;
-        let both = mixed(iterations, answered, chunk)?;
+        let plain = price(&Batch::decode(answered.max(1.0), requests.context()));
+        let both = price(&mixed(answered, chunk));
         let mean = (1.0 - share) * plain.seconds + share * both.seconds;
         let steps = (tokens / chunk).ceil().max(1.0);
         // Whoever comes waits for the running iteration, for prompts before it, and for its own.
@@ -133,12 +147,18 @@ pub fn aggregated(
             mixed: both,
             mixed_share: share,
         });
-        if (now - answered).abs() < 0.01 * answered {
+        let error = now - answered;
+        if error.abs() < SETTLED * answered {
             break;
         }
-        answered = 0.5 * (answered + now);
+        // More answers at a time make iterations longer, and so nearly the same number of answers: the secant through the
+        // last two rounds hits the fixed point in two or three.
+        let slope = last.map_or(0.0, |(before, error_before): (f64, f64)| (error - error_before) / (answered - before));
+        let step = if slope < -0.1 { -error / slope } else { error };
+        last = Some((answered, error));
+        answered = (answered + step).clamp(1.0f64.min(slots), slots);
     }
-    Ok(serving.expect("there is a round"))
+    serving.expect("there is a round")
 }
 
 /// Ranks that only read prompts, or only answer.
@@ -190,7 +210,7 @@ pub fn disaggregated(
             mixed: reading,
             mixed_share: 0.0,
         });
-        if (now - answered).abs() < 0.01 * answered {
+        if (now - answered).abs() < SETTLED * answered {
             break;
         }
         answered = 0.5 * (answered + now);

@@ -8,7 +8,7 @@ use moesaic_spec::{Bytes, ModelSpec};
 
 use crate::footprint::{DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION};
 use crate::ids::runs;
-use crate::plan::{Balance, InitialPlacement, Mesh, Pool};
+use crate::plan::{Balance, InitialPlacement, Interval, Mesh, Pool};
 use crate::read::{OVERLAPS, PRECISIONS, ROUTES, name_of};
 use crate::{AllReduce, Collective, MessageKind, Plan, Traffic};
 
@@ -53,6 +53,18 @@ fn write_all(w: &mut String, plan: &Plan, model: &ModelSpec) -> std::fmt::Result
     if tp > 1 {
         let how = |group| if plan.all_reduce_of(group) == AllReduce::Flat { "flat" } else { "hierarchical" };
         writeln!(w, "all-reduce {}", how(plan.stages[0].groups[0].as_slice()))?;
+    }
+
+    if let Some(prediction) = &file.prediction {
+        let of = |interval: &Interval| format!("{} ({} to {})", interval.value, interval.low, interval.high);
+        writeln!(
+            w,
+            "predicted  TTFT {} ms, TPOT {} ms, {} tokens/s with {} requests at a time",
+            of(&prediction.ttft_ms),
+            of(&prediction.tpot_ms),
+            of(&prediction.tokens_per_s),
+            prediction.concurrency
+        )?;
     }
 
     writeln!(w, "\nwho owns what")?;

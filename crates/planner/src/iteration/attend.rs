@@ -6,7 +6,7 @@ use super::parts::PartOp;
 use crate::cost::{Op, Precision};
 
 /// For sequences that get one more token each and see `context` tokens.
-pub(super) fn decode(core: &PartOp, attention: LayerAttention, seqs: f64, context: f64, kv: Precision) -> Vec<Op> {
+pub(crate) fn decode(core: &PartOp, attention: LayerAttention, seqs: f64, context: f64, kv: Precision) -> Vec<Op> {
     match attention {
         LayerAttention::Full => vec![core.decode(seqs, context, kv)],
         LayerAttention::Window(window) => vec![core.decode(seqs, context.min(window as f64), kv)],
@@ -24,7 +24,7 @@ pub(super) fn decode(core: &PartOp, attention: LayerAttention, seqs: f64, contex
 }
 
 /// For one prompt of `tokens`, the last of which sees `context`.
-pub(super) fn prefill(core: &PartOp, attention: LayerAttention, tokens: f64, context: f64, kv: Precision) -> Vec<Op> {
+pub(crate) fn prefill(core: &PartOp, attention: LayerAttention, tokens: f64, context: f64, kv: Precision) -> Vec<Op> {
     match attention {
         LayerAttention::Full => vec![core.prefill(1.0, tokens, context, kv)],
         LayerAttention::Window(window) if (window as f64) < context => {

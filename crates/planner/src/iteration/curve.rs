@@ -1,23 +1,29 @@
 //! Costs that are asked for again and again at other sizes: each is worked out on a grid, once, and read off between its
 //! points. Between two points everything grows evenly, which is exact for what is affine in the size.
 
+use std::f64::consts::SQRT_2;
+
 use super::Cost;
 
-/// Points of the grid between a size and its double.
-const PER_DOUBLING: f64 = 2.0;
-
-/// Where a size lies: the points below and above, and how far between them.
+/// Where a size lies: the points below and above, and how far between them. Points are the powers of √2.
 fn place(size: f64) -> (usize, usize, f64) {
     let size = size.max(1.0);
-    let low = (size.log2() * PER_DOUBLING + 1e-9).floor();
-    let (from, to) = (point(low as usize), point(low as usize + 1));
-    let share = ((size - from) / (to - from)).clamp(0.0, 1.0);
-    if share < 1e-6 { (low as usize, low as usize, 0.0) } else { (low as usize, low as usize + 1, share) }
+    // The power of two at or below, and its number, are the bits of the exponent.
+    let exponent = size.to_bits() >> 52;
+    let power = f64::from_bits(exponent << 52);
+    let doublings = (exponent - 1023) as usize;
+    let (low, from, to) = match power * SQRT_2 <= size {
+        false => (2 * doublings, power, power * SQRT_2),
+        true => (2 * doublings + 1, power * SQRT_2, power * 2.0),
+    };
+    let share = (size - from) / (to - from);
+    if share < 1e-6 { (low, low, 0.0) } else { (low, low + 1, share) }
 }
 
 /// The size of a point.
 fn point(idx: usize) -> f64 {
-    (idx as f64 / PER_DOUBLING).exp2()
+    let power = f64::from_bits(((idx / 2) as u64 + 1023) << 52);
+    if idx.is_multiple_of(2) { power } else { power * SQRT_2 }
 }
 
 /// A cost by one size.

@@ -4,6 +4,8 @@
 //! comes from the plan's own schedule, on a model of a few layers; what each action takes is put in later, so one graph
 //! serves every batch size and every cluster.
 
+use std::collections::HashMap;
+
 use moesaic_plan::plan::{ExchangeRoute, Mesh, Overlap, Pool};
 use moesaic_plan::{Action, AllReduce, Lane, MessageKind, Plan, PlanFile, Rank, Work};
 use moesaic_spec::{Attention, ModelSpec, QkNorm};
@@ -94,6 +96,11 @@ impl Slot {
         Slot::Hidden,
     ];
 
+    /// Whether links work, and not the GPU.
+    pub fn is_exchange(self) -> bool {
+        self as usize >= Slot::SumNorm as usize
+    }
+
     /// How often a micro-batch pays for it in so many dense and MoE layers. Slots that are parts of another count once, in
     /// that one.
     pub fn times(self, dense: usize, moe: usize) -> f64 {
@@ -179,10 +186,20 @@ struct Node {
     needs: Vec<Ready>,
 }
 
+/// A node whose needs are among those of the whole graph, up to `needs_end`.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    slot: Slot,
+    lane: u8,
+    needs_end: u32,
+}
+
 /// Actions in an order in which each comes after all that it needs.
 #[derive(Clone, Debug)]
 pub struct Dag {
-    nodes: Vec<Node>,
+    nodes: Vec<Step>,
+    /// What each node needs, one after the other.
+    needs: Vec<Ready>,
     /// Kinds of ranks: 2 where experts have ranks of their own.
     pub kinds: usize,
 }
@@ -212,7 +229,13 @@ impl Dag {
         }
         let schedules: Vec<Vec<Action>> =
             ranks.iter().map(|&rank| plan.schedule(&model, rank, structure.micro_batches).actions).collect();
-        Ok(Dag { kinds: ranks.len(), nodes: in_order(&schedules) })
+        let mut needs = Vec::new();
+        let step = |node: Node| {
+            needs.extend(node.needs);
+            Step { slot: node.slot, lane: node.lane as u8, needs_end: needs.len() as u32 }
+        };
+        let nodes = in_order(&schedules).into_iter().map(step).collect();
+        Ok(Dag { kinds: ranks.len(), nodes, needs })
     }
 
     /// How long it takes when each action takes as long as its slot says.
@@ -220,22 +243,25 @@ impl Dag {
         times.clear();
         let mut free = [0.0f64; 4];
         let mut walk = Walk::default();
+        let mut first = 0;
         for node in &self.nodes {
-            let mut start = free[node.lane];
-            for &need in &node.needs {
+            let lane = node.lane as usize;
+            let mut start = free[lane];
+            for &need in &self.needs[first..node.needs_end as usize] {
                 start = start.max(match need {
                     Ready::Done(idx) => times[idx as usize].1,
                     Ready::After(idx, slot) => times[idx as usize].0 + durations[slot],
                 });
             }
+            first = node.needs_end as usize;
             let seconds = durations[node.slot];
             let end = start + seconds;
             times.push((start, end));
-            free[node.lane] = end;
+            free[lane] = end;
             walk.seconds = walk.seconds.max(end);
-            match node.lane % 2 {
-                0 => walk.computing[node.lane / 2] += seconds,
-                _ => walk.exchanging[node.lane / 2] += seconds,
+            match lane % 2 {
+                0 => walk.computing[lane / 2] += seconds,
+                _ => walk.exchanging[lane / 2] += seconds,
             }
         }
         walk
@@ -244,24 +270,28 @@ impl Dag {
 
 /// Puts the actions of all kinds of ranks into one order, and finds what each needs of others.
 fn in_order(schedules: &[Vec<Action>]) -> Vec<Node> {
+    let context = Context::new(schedules);
     // Where each action of each schedule is in the order, once it is.
     let mut places: Vec<Vec<Option<u32>>> = schedules.iter().map(|actions| vec![None; actions.len()]).collect();
+    // Each lane goes through its own list in order.
+    let of_lane = |kind: usize, lane: Lane| {
+        let actions = schedules[kind].iter().enumerate();
+        let list: Vec<usize> = actions.filter(|(_, action)| action.lane == lane).map(|(idx, _)| idx).collect();
+        (kind, list.into_iter().peekable())
+    };
+    let mut lanes: Vec<_> =
+        (0..schedules.len()).flat_map(|kind| [of_lane(kind, Lane::Compute), of_lane(kind, Lane::Comm)]).collect();
     let mut nodes = Vec::new();
     let total: usize = schedules.iter().map(Vec::len).sum();
     while nodes.len() < total {
         let before = nodes.len();
-        for (kind, actions) in schedules.iter().enumerate() {
-            for idx in 0..actions.len() {
-                // Each lane goes through its own list in order.
-                let same_lane = |other: usize| actions[other].lane == actions[idx].lane;
-                let due = (0..idx).all(|other| !same_lane(other) || places[kind][other].is_some());
-                if places[kind][idx].is_some() || !due {
-                    continue;
-                }
-                if let Some(node) = node(schedules, &places, kind, idx) {
-                    places[kind][idx] = Some(nodes.len() as u32);
-                    nodes.push(node);
-                }
+        for (kind, list) in &mut lanes {
+            while let Some(&idx) = list.peek()
+                && let Some(node) = context.node(&places, *kind, idx)
+            {
+                places[*kind][idx] = Some(nodes.len() as u32);
+                nodes.push(node);
+                list.next();
             }
         }
         assert!(nodes.len() > before, "a schedule waits for something that nobody sends");
@@ -269,64 +299,77 @@ fn in_order(schedules: &[Vec<Action>]) -> Vec<Node> {
     nodes
 }
 
-/// The action as a node, once all that it needs is in the order.
-fn node(schedules: &[Vec<Action>], places: &[Vec<Option<u32>>], kind: usize, idx: usize) -> Option<Node> {
-    let action = &schedules[kind][idx];
-    let mut needs = Vec::new();
-    for &after in &action.after {
-        needs.push(Ready::Done(places[kind][after as usize]?));
-    }
-    let near = is_near(schedules, kind, idx);
-    // Messages of the same layer and micro-batch, sent by whichever kind of rank sends them.
-    let mut messages = |wanted: fn(&Work) -> bool, ready: fn(u32, bool) -> Ready| {
-        for (sender, actions) in schedules.iter().enumerate() {
-            for (other, sent) in actions.iter().enumerate() {
-                let same = (sent.layer, sent.micro_batch) == (action.layer, action.micro_batch);
-                if same && wanted(&sent.work) {
-                    needs.push(ready(places[sender][other]?, near));
+/// What must be known of all schedules to place one action.
+struct Context<'a> {
+    schedules: &'a [Vec<Action>],
+    /// By kind of rank and action: how many actions of the same name the layer has for this micro-batch, and which of them
+    /// this is. Of two, one works on rows of the own node only, and the other on those of other nodes.
+    parts: Vec<Vec<(usize, usize)>>,
+    /// By layer and micro-batch: who sends rows or answers, and in which of its actions.
+    messages: HashMap<(u32, u32), Vec<(usize, usize)>>,
+}
+
+impl<'a> Context<'a> {
+    fn new(schedules: &'a [Vec<Action>]) -> Self {
+        let mut messages: HashMap<_, Vec<_>> = HashMap::new();
+        let mut parts = Vec::new();
+        for (kind, actions) in schedules.iter().enumerate() {
+            let name = |action: &Action| (action.layer, action.micro_batch, std::mem::discriminant(&action.work));
+            let mut counts: HashMap<_, usize> = HashMap::new();
+            let places: Vec<usize> = actions
+                .iter()
+                .map(|action| {
+                    let count = counts.entry(name(action)).or_default();
+                    *count += 1;
+                    *count - 1
+                })
+                .collect();
+            parts.push(actions.iter().zip(places).map(|(action, place)| (counts[&name(action)], place)).collect());
+            for (idx, action) in actions.iter().enumerate() {
+                if matches!(action.work, Work::Dispatch { .. } | Work::Relay { .. } | Work::Answer { .. }) {
+                    messages.entry((action.layer, action.micro_batch)).or_default().push((kind, idx));
                 }
             }
         }
-        Some(())
-    };
-    let dispatched = |idx, near| match near {
-        true => Ready::After(idx, Slot::DispatchNear),
-        false => Ready::Done(idx),
-    };
-    match &action.work {
-        Work::Relay { .. } => messages(|work| matches!(work, Work::Dispatch { .. }), |idx, _| Ready::Done(idx))?,
-        Work::Experts { .. } => {
-            messages(|work| matches!(work, Work::Dispatch { .. }), dispatched)?;
-            if !near {
-                messages(|work| matches!(work, Work::Relay { .. }), |idx, _| Ready::Done(idx))?;
-            }
-        }
-        Work::Combine { .. } => messages(|work| matches!(work, Work::Answer { .. }), |idx, _| Ready::Done(idx))?,
-        _ => {}
+        Context { schedules, parts, messages }
     }
-    let lane = 2 * kind + usize::from(action.lane == Lane::Comm);
-    Some(Node { slot: slot_of_action(schedules, kind, idx), lane, needs })
+
+    /// The action as a node, once all that it needs is in the order.
+    fn node(&self, places: &[Vec<Option<u32>>], kind: usize, idx: usize) -> Option<Node> {
+        let action = &self.schedules[kind][idx];
+        let mut needs = Vec::new();
+        for &after in &action.after {
+            needs.push(Ready::Done(places[kind][after as usize]?));
+        }
+        let near = self.parts[kind][idx] == (2, 0);
+        // Messages of the same layer and micro-batch, sent by whichever kind of rank sends them.
+        let mut messages = |wanted: fn(&Work) -> bool, near: bool| {
+            for &(sender, other) in self.messages.get(&(action.layer, action.micro_batch)).into_iter().flatten() {
+                if wanted(&self.schedules[sender][other].work) {
+                    let place = places[sender][other]?;
+                    needs.push(if near { Ready::After(place, Slot::DispatchNear) } else { Ready::Done(place) });
+                }
+            }
+            Some(())
+        };
+        match &action.work {
+            Work::Relay { .. } => messages(|work| matches!(work, Work::Dispatch { .. }), false)?,
+            Work::Experts { .. } => {
+                messages(|work| matches!(work, Work::Dispatch { .. }), near)?;
+                if !near {
+                    messages(|work| matches!(work, Work::Relay { .. }), false)?;
+                }
+            }
+            Work::Combine { .. } => messages(|work| matches!(work, Work::Answer { .. }), false)?,
+            _ => {}
+        }
+        let lane = 2 * kind + usize::from(action.lane == Lane::Comm);
+        Some(Node { slot: slot_of_action(action, self.parts[kind][idx]), lane, needs })
+    }
 }
 
-/// Whether an action works on rows of the own node only, and another one on those of other nodes.
-fn is_near(schedules: &[Vec<Action>], kind: usize, idx: usize) -> bool {
-    parts_of_layer(schedules, kind, idx) == (2, 0)
-}
-
-/// How many actions of the same name the layer has for this micro-batch, and which of them this is.
-fn parts_of_layer(schedules: &[Vec<Action>], kind: usize, idx: usize) -> (usize, usize) {
-    let action = &schedules[kind][idx];
-    let same = |other: &&Action| {
-        (other.layer, other.micro_batch) == (action.layer, action.micro_batch)
-            && std::mem::discriminant(&other.work) == std::mem::discriminant(&action.work)
-    };
-    let all = schedules[kind].iter().filter(same).count();
-    (all, schedules[kind][..idx].iter().filter(same).count())
-}
-
-fn slot_of_action(schedules: &[Vec<Action>], kind: usize, idx: usize) -> Slot {
-    let split = parts_of_layer(schedules, kind, idx);
-    match &schedules[kind][idx].work {
+fn slot_of_action(action: &Action, split: (usize, usize)) -> Slot {
+    match &action.work {
         Work::Embed => Slot::Embed,
         Work::ReceiveHidden { .. } | Work::SendHidden { .. } => Slot::Hidden,
         Work::Attention | Work::Project => Slot::Attention,

@@ -4,17 +4,18 @@
 //! from the plan's schedule. Here both are priced for a cluster and a batch. Each kind of rank is priced once, and each cost
 //! is worked out once for each size ([`curve`]), so that a search can ask a hundred thousand times a second.
 
-mod attend;
+pub(crate) mod attend;
 mod curve;
 pub mod dag;
 pub mod layout;
 pub mod parts;
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use moesaic_plan::plan::ExchangePrecision;
+use moesaic_plan::plan::{ExchangePrecision, Overlap};
 use moesaic_plan::{AllReduce, Collective};
 use moesaic_spec::{Cluster, LayerAttention, ModelSpec, Moe, WeightFormat, WeightFormats};
 
@@ -42,7 +43,7 @@ pub struct Cost {
     pub bytes: f64,
     /// Bytes sent to other ranks.
     pub sent: f64,
-    /// Seconds by where they come from, in the order of [`Source`](crate::price::Source).
+    /// Seconds that come from measured tables, from the roofline and from the learned predictor.
     pub by_source: [f64; 3],
 }
 
@@ -99,11 +100,9 @@ impl Formats {
         let WeightFormats { dense, experts } = model.formats();
         Formats { dense: precision(dense), experts: precision(experts), kv: Precision::Bf16 }
     }
-}
 
-impl Formats {
     /// Type of a part's weights. Routers and heads are never quantised.
-    fn of_part(self, part: Part) -> Precision {
+    pub(crate) fn of_part(self, part: Part) -> Precision {
         match part {
             Part::Route | Part::Head => Precision::Bf16,
             Part::Experts => self.experts,
@@ -216,18 +215,87 @@ pub struct Iterations<'a> {
     costs: CostModel,
     network: Network,
     load: Option<Arc<ExpertLoad>>,
-    parts: HashMap<Cut, Rc<Parts>>,
-    part_costs: HashMap<(Cut, Part), Curve>,
     /// How layers attend, each way with the share of layers that do.
     attention: Vec<(LayerAttention, f64)>,
-    /// Decoding and prompts, by cut and way of attending.
-    cores: HashMap<(Cut, usize), (Surface, Surface)>,
-    experts: HashMap<ExpertKey, Curve>,
-    imbalance: HashMap<ExpertKey, Curve>,
-    sums: HashMap<usize, Curve>,
-    exchanges: HashMap<ExchangeKey, (Curve, Curve)>,
-    dags: HashMap<Structure, Dag>,
+    cuts: Interned<Cut, CutCosts>,
+    experts: Interned<ExpertKey, ExpertCosts>,
+    groups: Interned<GroupKey, GroupCosts>,
+    exchanges: Interned<ExchangeKey, ExchangeCosts>,
+    hidden: [Curve; 2],
+    dags: Interned<Structure, Dag>,
     times: Vec<(f64, f64)>,
+}
+
+/// Values that are found by a key once, and by their place from then on: a search asks for the same ones again and again.
+struct Interned<K, V> {
+    places: HashMap<K, usize>,
+    values: Vec<V>,
+}
+
+impl<K, V> Default for Interned<K, V> {
+    fn default() -> Self {
+        Interned { places: HashMap::new(), values: Vec::new() }
+    }
+}
+
+impl<K: Eq + Hash, V> Interned<K, V> {
+    fn place<E>(&mut self, key: K, make: impl FnOnce(&K) -> Result<V, E>) -> Result<usize, E> {
+        if let Some(&place) = self.places.get(&key) {
+            return Ok(place);
+        }
+        self.values.push(make(&key)?);
+        self.places.insert(key, self.values.len() - 1);
+        Ok(self.values.len() - 1)
+    }
+
+    fn or_default(&mut self, key: K) -> usize
+    where
+        V: Default,
+    {
+        let Ok(place) = self.place(key, |_| Ok::<V, std::convert::Infallible>(V::default()));
+        place
+    }
+}
+
+/// What the parts of a rank cost, by rows.
+struct CutCosts {
+    parts: Rc<Parts>,
+    /// By [`Part`].
+    curves: [Curve; Part::ALL.len()],
+    /// Attention's core, by way of attending.
+    cores: Vec<CoreCosts>,
+}
+
+/// Attention's core of sequences that get a token, by sequences and context; and of one prompt, by its tokens and those before
+/// them.
+#[derive(Default)]
+struct CoreCosts {
+    decodes: Surface,
+    prefills: Surface,
+}
+
+/// Routed experts of one rank, and how full the fullest is, by tokens of all ranks.
+#[derive(Default)]
+struct ExpertCosts {
+    routed: Curve,
+    imbalance: Curve,
+}
+
+/// What a group that shares heads sums and gathers, by rows.
+#[derive(Default)]
+struct GroupCosts {
+    sum: Curve,
+    norm: Curve,
+    gather: Curve,
+    /// By tokens that are sampled.
+    logits: Curve,
+}
+
+/// Rows to experts and back, by the rows of a rank.
+#[derive(Default)]
+struct ExchangeCosts {
+    out: Curve,
+    back: Curve,
 }
 
 /// What the experts' share of a layer depends on, besides the rows.
@@ -240,13 +308,44 @@ struct ExpertKey {
     balanced: bool,
 }
 
+/// What sums and gathers depend on, besides the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct GroupKey {
+    tp: usize,
+    all_reduce: Option<AllReduce>,
+}
+
 /// What an exchange depends on, besides the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct ExchangeKey {
     expert: ExpertKey,
+    tp: usize,
     dp: usize,
     precision: ExchangePrecision,
     two_level: bool,
+}
+
+/// A layout of which everything is found that a price needs: pricing it at many batches looks nothing up.
+#[derive(Clone, Debug)]
+pub struct Resolved<'l> {
+    layout: &'l Layout,
+    dense: usize,
+    moe: usize,
+    cut: usize,
+    expert: usize,
+    /// Where there are several ranks that share heads.
+    group: Option<usize>,
+    /// Where rows travel.
+    exchange: Option<usize>,
+    /// By micro-batches less one: graphs of few layers, with a MoE layer less, with a dense layer more.
+    dags: Vec<[usize; 3]>,
+}
+
+impl<'l> Resolved<'l> {
+    /// The layout.
+    pub fn layout(&self) -> &'l Layout {
+        self.layout
+    }
 }
 
 /// Bytes of a number of the residual stream between ranks.
@@ -275,15 +374,13 @@ impl<'a> Iterations<'a> {
             costs,
             network,
             load,
-            parts: HashMap::new(),
-            part_costs: HashMap::new(),
             attention: ways_of_attending(model),
-            cores: HashMap::new(),
-            experts: HashMap::new(),
-            imbalance: HashMap::new(),
-            sums: HashMap::new(),
-            exchanges: HashMap::new(),
-            dags: HashMap::new(),
+            cuts: Interned::default(),
+            experts: Interned::default(),
+            groups: Interned::default(),
+            exchanges: Interned::default(),
+            hidden: Default::default(),
+            dags: Interned::default(),
             times: Vec::new(),
         }
     }
@@ -293,14 +390,55 @@ impl<'a> Iterations<'a> {
     /// # Errors
     /// [`PlannerError`]: the model cannot be spread like this.
     pub fn price(&mut self, layout: &Layout, batch: &Batch) -> Result<Iteration, PlannerError> {
+        let resolved = self.resolve(layout)?;
+        Ok(self.price_resolved(&resolved, batch))
+    }
+
+    /// Finds what prices of a layout need. What it returns is of these iterations and no others.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn resolve<'l>(&mut self, layout: &'l Layout) -> Result<Resolved<'l>, PlannerError> {
+        let (dense, moe) = layout.fullest_stage(self.model);
+        let cut = self.cut(layout)?;
+        let expert = expert_key(layout);
+        let exchange = layout.experts.exchanges().then(|| {
+            let Layout { tp, dp, precision, two_level, .. } = *layout;
+            self.exchanges.or_default(ExchangeKey { expert, tp, dp, precision, two_level })
+        });
+        let Layout { tp, all_reduce, .. } = *layout;
+        let group = (tp > 1).then(|| self.groups.or_default(GroupKey { tp, all_reduce }));
+        // Stages of a pipeline have one micro-batch at a time.
+        let most = if layout.pp > 1 { 1 } else { layout.micro_batches };
+        // From the third MoE layer on, each adds the same; so does each dense layer.
+        let (few_dense, few_moe) = (dense.min(1), moe.min(3));
+        let mut dags = Vec::with_capacity(most);
+        for micro_batches in 1..=most {
+            let mut dag = |dense, moe| {
+                let structure = layout.structure(micro_batches, dense, moe);
+                self.dags.place(structure, |structure| Dag::new(self.model, structure))
+            };
+            let few = dag(few_dense, few_moe)?;
+            let fewer = if moe > 3 { dag(few_dense, 2)? } else { few };
+            let two = if dense > 1 { dag(2, few_moe)? } else { few };
+            dags.push([few, fewer, two]);
+        }
+        Ok(Resolved { layout, dense, moe, cut, expert: self.experts.or_default(expert), group, exchange, dags })
+    }
+
+    /// Prices an iteration of a layout that is found already.
+    pub fn price_resolved(&mut self, resolved: &Resolved, batch: &Batch) -> Iteration {
+        let layout = resolved.layout;
         let micro_batches = (layout.micro_batches as f64).min(batch.rows().floor()).max(1.0);
         let part = batch.part(micro_batches);
         let micro_batches = micro_batches as usize;
-        let (dense, moe) = layout.fullest_stage(self.model);
-        let layer = self.layer(layout, &part)?;
+        let layer = self.layer(resolved, &part);
         match layout.pp {
-            1 => self.whole(layout, &layer, micro_batches, dense, moe),
-            _ => self.pipelined(layout, &layer, micro_batches, dense, moe),
+            1 => {
+                let (seconds, computing) = self.whole(resolved, &layer, micro_batches);
+                layer.iteration(resolved, seconds, computing, micro_batches)
+            }
+            _ => self.pipelined(resolved, &layer, micro_batches),
         }
     }
 
@@ -309,8 +447,9 @@ impl<'a> Iterations<'a> {
     /// # Errors
     /// [`PlannerError`]: the model cannot be spread like this.
     pub fn footprint(&mut self, layout: &Layout, step_tokens: f64) -> Result<Footprint, PlannerError> {
-        let parts = self.parts(&layout.cut())?;
-        Ok(Footprint::new(self.model, layout, self.formats, &parts, step_tokens))
+        let cut = self.cut(layout)?;
+        let parts = &self.cuts.values[cut].parts;
+        Ok(Footprint::new(self.model, layout, self.formats, parts, step_tokens))
     }
 
     /// The model.
@@ -323,108 +462,130 @@ impl<'a> Iterations<'a> {
         self.cluster
     }
 
+    /// What the parts of a rank do.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn parts_of(&mut self, layout: &Layout) -> Result<Rc<Parts>, PlannerError> {
+        let cut = self.cut(layout)?;
+        Ok(self.cuts.values[cut].parts.clone())
+    }
+
+    /// Prices of communication.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
     /// Types of weights and cache.
     pub fn formats(&self) -> Formats {
         self.formats
     }
 
-    /// All layers on the same ranks: micro-batches may overlap.
-    fn whole(
-        &mut self,
-        layout: &Layout,
-        layer: &Layer,
-        micro_batches: usize,
-        dense: usize,
-        moe: usize,
-    ) -> Result<Iteration, PlannerError> {
-        // From the third MoE layer on, each adds the same; so does each dense layer.
-        let mut walk = |dense: usize, moe: usize| self.walk(layout, layer, micro_batches, dense, moe);
-        let (few_dense, few_moe) = (dense.min(1), moe.min(3));
-        let few = walk(few_dense, few_moe)?;
+    /// Seconds of all layers on the same ranks, where micro-batches may overlap; and of the compute lane of a rank with
+    /// attention.
+    fn whole(&mut self, resolved: &Resolved, layer: &Layer, micro_batches: usize) -> (f64, f64) {
+        let (dense, moe) = (resolved.dense, resolved.moe);
+        let [few_dag, fewer_dag, two_dag] = resolved.dags[micro_batches - 1];
+        let mut walk = |dag: usize| self.dags.values[dag].walk(&layer.durations, &mut self.times);
+        let few = walk(few_dag);
         let mut seconds = few.seconds;
         let mut computing = few.computing[0];
         if moe > 3 {
-            let fewer = walk(few_dense, 2)?;
+            let fewer = walk(fewer_dag);
             seconds += (moe - 3) as f64 * (few.seconds - fewer.seconds);
             computing += (moe - 3) as f64 * (few.computing[0] - fewer.computing[0]);
         }
         if dense > 1 {
-            let two = walk(2, few_moe)?;
+            let two = walk(two_dag);
             seconds += (dense - 1) as f64 * (two.seconds - few.seconds);
             computing += (dense - 1) as f64 * (two.computing[0] - few.computing[0]);
         }
-        Ok(layer.iteration(seconds, computing, micro_batches, dense, moe))
+        (seconds, computing)
+    }
+
+    /// An iteration of the layout's family if computing and exchange hid each other completely, and micro-batches cost
+    /// nothing: no member is faster.
+    pub fn ideal(&mut self, resolved: &Resolved, batch: &Batch) -> Iteration {
+        let pp = resolved.layout.pp as f64;
+        let whole = self.ideal_stage(resolved, batch);
+        let seconds = match resolved.layout.pp {
+            1 => whole,
+            _ => whole.max(pp * self.ideal_stage(resolved, &batch.part(batch.rows().floor().clamp(1.0, 4.0)))),
+        };
+        Iteration { seconds, ..Iteration::default() }
+    }
+
+    fn ideal_stage(&mut self, resolved: &Resolved, batch: &Batch) -> f64 {
+        let layer = self.layer(resolved, batch);
+        let mut lanes = [0.0; 3];
+        for slot in Slot::ALL {
+            let lane = match slot {
+                Slot::Experts if matches!(resolved.layout.experts, ExpertLayout::Pool { .. }) => 1,
+                Slot::Dispatch | Slot::Answer => continue,
+                _ if slot.is_exchange() => 2,
+                _ => 0,
+            };
+            lanes[lane] += slot.times(resolved.dense, resolved.moe) * layer.durations[slot];
+        }
+        if let (Some(_), Some(moe)) = (resolved.exchange, self.model.layers.iter().find_map(|ffn| ffn.as_moe())) {
+            // Small parts may go by faster kernels.
+            let mut ways = |parts: f64| {
+                let (out, back) = self.exchange(resolved, moe, batch.rows() / parts);
+                parts * (out.seconds + back.seconds)
+            };
+            lanes[2] += resolved.moe as f64 * ways(1.0).min(ways(2.0)).min(ways(4.0));
+        }
+        lanes.into_iter().fold(0.0, f64::max)
     }
 
     /// Stages take turns with the micro-batches: a batch comes round when all stages have had it, and the slowest stage all
     /// micro-batches.
-    fn pipelined(
-        &mut self,
-        layout: &Layout,
-        layer: &Layer,
-        micro_batches: usize,
-        dense: usize,
-        moe: usize,
-    ) -> Result<Iteration, PlannerError> {
-        let one = self.whole(&Layout { pp: 1, ..layout.clone() }, layer, 1, dense, moe)?;
-        let stage = one.seconds + layer.durations[Slot::Hidden];
-        let turns = micro_batches.max(layout.pp) as f64;
-        let mut iteration =
-            layer.iteration(turns * stage, one.computing * micro_batches as f64, micro_batches, dense, moe);
-        iteration.slots[Slot::Hidden] = layer.durations[Slot::Hidden] * micro_batches as f64;
-        Ok(iteration)
-    }
-
-    fn walk(
-        &mut self,
-        layout: &Layout,
-        layer: &Layer,
-        micro_batches: usize,
-        dense: usize,
-        moe: usize,
-    ) -> Result<dag::Walk, PlannerError> {
-        let structure = layout.structure(micro_batches, dense, moe);
-        if !self.dags.contains_key(&structure) {
-            self.dags.insert(structure, Dag::new(self.model, &structure)?);
-        }
-        Ok(self.dags[&structure].walk(&layer.durations, &mut self.times))
+    fn pipelined(&mut self, resolved: &Resolved, layer: &Layer, micro_batches: usize) -> Iteration {
+        let (seconds, computing) = self.whole(resolved, layer, 1);
+        let stage = seconds + layer.durations[Slot::Hidden];
+        let turns = micro_batches.max(resolved.layout.pp) as f64;
+        layer.iteration(resolved, turns * stage, computing * micro_batches as f64, micro_batches)
     }
 
     /// What each slot takes for one micro-batch in one layer.
-    fn layer(&mut self, layout: &Layout, batch: &Batch) -> Result<Layer, PlannerError> {
-        let cut = layout.cut();
-        let parts = self.parts(&cut)?;
+    fn layer(&mut self, resolved: &Resolved, batch: &Batch) -> Layer {
         let rows = batch.rows();
         let samples = batch.decodes + batch.finished_prefills;
         let mut layer = Layer::default();
         for part in Part::ALL {
             let size = if matches!(part, Part::Head | Part::Sample) { samples } else { rows };
             if part != Part::Experts && size > 0.0 {
-                layer.add(slot_of(part), self.part(&cut, &parts, part, size));
+                layer.add(slot_of(part), self.part(resolved.cut, part, size));
             }
         }
-        layer.add(Slot::Attention, self.core(&cut, &parts, batch));
-        self.add_sums(layout, rows, samples, &mut layer);
-        if let Some(moe) = self.model.layers.iter().find_map(|ffn| ffn.as_moe()) {
-            self.add_experts(layout, &cut, &parts, moe, rows, &mut layer);
+        layer.add(Slot::Attention, self.core(resolved.cut, batch));
+        self.add_sums(resolved, rows, samples, &mut layer);
+        if resolved.moe > 0
+            && let Some(moe) = self.model.layers.iter().find_map(|ffn| ffn.as_moe())
+        {
+            self.add_experts(resolved, moe, rows, &mut layer);
         }
-        Ok(layer)
+        layer
     }
 
-    fn parts(&mut self, cut: &Cut) -> Result<Rc<Parts>, PlannerError> {
-        if let Some(parts) = self.parts.get(cut) {
-            return Ok(parts.clone());
-        }
-        let parts = Rc::new(Parts::trace(self.model, cut)?);
-        self.parts.insert(cut.clone(), parts.clone());
-        Ok(parts)
+    /// The costs of a way of cutting the model, traced the first time.
+    fn cut(&mut self, layout: &Layout) -> Result<usize, PlannerError> {
+        let (model, ways) = (self.model, &self.attention);
+        self.cuts.place(layout.cut(), |cut| {
+            let parts = Rc::new(Parts::trace(model, cut)?);
+            let cores = ways.iter().map(|_| CoreCosts::default()).collect();
+            Ok(CutCosts { parts, curves: Default::default(), cores })
+        })
     }
 
     /// A part's ops but for attention's core and the routed experts.
-    fn part(&mut self, cut: &Cut, parts: &Parts, part: Part, rows: f64) -> Cost {
+    fn part(&mut self, cut: usize, part: Part, rows: f64) -> Cost {
         let (costs, formats) = (&self.costs, self.formats);
-        let curve = self.part_costs.entry((cut.clone(), part)).or_default();
-        curve.at(rows, |rows| {
+        let CutCosts { parts, curves, .. } = &mut self.cuts.values[cut];
+        if parts.ops(part).is_empty() {
+            return Cost::default();
+        }
+        curves[part as usize].at(rows, |rows| {
             let price = |op: &PartOp| {
                 let op = match *op {
                     PartOp::Gemm { rows: m, n, k } => {
@@ -442,15 +603,15 @@ impl<'a> Iterations<'a> {
     }
 
     /// Attention over the cache, decodes and prompts apart: the mean over layers, which may attend in different ways.
-    fn core(&mut self, cut: &Cut, parts: &Parts, batch: &Batch) -> Cost {
+    fn core(&mut self, cut: usize, batch: &Batch) -> Cost {
+        let CutCosts { parts, cores, .. } = &mut self.cuts.values[cut];
         let is_core = |op: &&PartOp| matches!(op, PartOp::AttentionCore { .. } | PartOp::MlaCore { .. });
         let core = parts.ops(Part::Attention).iter().find(is_core).expect("every layer has attention");
         let (costs, kv) = (&self.costs, self.formats.kv);
         let price =
             |ops: &[Op]| ops.iter().map(|op| Cost::of_op(op, costs.price(op))).fold(Cost::default(), Cost::plus);
         let mut cost = Cost::default();
-        for (way, &(attention, share)) in self.attention.iter().enumerate() {
-            let (decodes, prefills) = self.cores.entry((cut.clone(), way)).or_default();
+        for (&(attention, share), CoreCosts { decodes, prefills }) in self.attention.iter().zip(cores) {
             if batch.decodes > 0.0 {
                 let of_way = decodes.at(batch.decodes, batch.context, |seqs, context| {
                     price(&attend::decode(core, attention, seqs, context, kv))
@@ -471,8 +632,10 @@ impl<'a> Iterations<'a> {
     }
 
     /// Sums and gathers of a tensor-parallel group, and what goes to the next stage.
-    fn add_sums(&mut self, layout: &Layout, rows: f64, samples: f64, layer: &mut Layer) {
-        let hidden = self.model.hidden_size as f64;
+    fn add_sums(&mut self, resolved: &Resolved, rows: f64, samples: f64, layer: &mut Layer) {
+        let layout = resolved.layout;
+        let (hidden, vocab) = (self.model.hidden_size as f64, self.model.vocab_size as f64);
+        let network = &self.network;
         if layout.pp > 1 {
             let stage = layout.ranks() / layout.pp;
             let class = if stage >= self.cluster.gpus_per_node || layout.ranks() > self.cluster.gpus_per_node {
@@ -480,60 +643,65 @@ impl<'a> Iterations<'a> {
             } else {
                 moesaic_spec::LinkClass::IntraNode
             };
-            let bytes = rows * hidden * ROW_BYTES;
-            layer.add(Slot::Hidden, sent(self.network.point_to_point(bytes, class), bytes));
+            let cost = self.hidden[class as usize].at(rows, |rows| {
+                let bytes = rows * hidden * ROW_BYTES;
+                sent(network.point_to_point(bytes, class), bytes)
+            });
+            layer.add(Slot::Hidden, cost);
         }
-        if layout.tp == 1 {
-            return;
-        }
-        let group = Group::packed(layout.tp, layout.gpus_per_node);
-        let (network, algorithm) = (&self.network, algorithm(layout));
-        let sum = self.sums.entry(layout.tp).or_default().at(rows, |rows| {
+        let Some(group) = resolved.group else { return };
+        let curves = &mut self.groups.values[group];
+        let (group, algorithm) = (Group::packed(layout.tp, layout.gpus_per_node), algorithm(layout));
+        let sum = curves.sum.at(rows, |rows| {
             let bytes = rows * hidden * ROW_BYTES;
             sent(network.all_reduce(bytes, group, algorithm), 2.0 * bytes)
         });
         layer.add(Slot::SumAttention, sum);
         layer.add(Slot::SumMlp, sum);
         if layout.structure(1, 0, 1).sums_norm(self.model) {
-            let bytes = rows * 8.0;
-            layer.add(Slot::SumNorm, sent(network.all_reduce(bytes, group, algorithm), 2.0 * bytes));
+            let norm = curves.norm.at(rows, |rows| {
+                let bytes = rows * 8.0;
+                sent(network.all_reduce(bytes, group, algorithm), 2.0 * bytes)
+            });
+            layer.add(Slot::SumNorm, norm);
         }
         if layout.experts.exchanges() {
-            let bytes = rows * hidden * ROW_BYTES;
-            layer.add(Slot::AllGather, sent(network.all_gather(bytes, group), bytes));
+            let gather = curves.gather.at(rows, |rows| {
+                let bytes = rows * hidden * ROW_BYTES;
+                sent(network.all_gather(bytes, group), bytes)
+            });
+            layer.add(Slot::AllGather, gather);
         }
-        let logits = samples * self.model.vocab_size as f64 * 4.0;
-        layer.add(Slot::GatherLogits, sent(network.all_gather(logits, group), logits / layout.tp as f64));
+        let tp = layout.tp as f64;
+        let logits = curves.logits.at(samples, |samples| {
+            let bytes = samples * vocab * 4.0;
+            sent(network.all_gather(bytes, group), bytes / tp)
+        });
+        layer.add(Slot::GatherLogits, logits);
     }
 
     /// Routed experts, and the way to them and back.
-    fn add_experts(&mut self, layout: &Layout, cut: &Cut, parts: &Parts, moe: &Moe, rows: f64, layer: &mut Layer) {
-        let key = ExpertKey {
-            layout: layout.experts,
-            tp: layout.expert_cut(),
-            senders: layout.tp * layout.dp,
-            redundant: layout.redundant_experts,
-            balanced: layout.balanced,
-        };
+    fn add_experts(&mut self, resolved: &Resolved, moe: &Moe, rows: f64, layer: &mut Layer) {
+        let layout = resolved.layout;
         // Rows of all groups meet at placed experts; a group alone has its own otherwise.
         let groups = if layout.experts.exchanges() { layout.dp as f64 } else { 1.0 };
         let tokens = rows * groups;
         let (load, ranks) = (&self.load, layout.expert_ranks());
-        let imbalance = self.imbalance.entry(key).or_default().at(tokens, |tokens| {
-            let straggler = |load: &Arc<ExpertLoad>| load.straggler(tokens, ranks, key.redundant, key.balanced).mean;
+        let imbalance = self.experts.values[resolved.expert].imbalance.at(tokens, |tokens| {
+            let straggler =
+                |load: &Arc<ExpertLoad>| load.straggler(tokens, ranks, layout.redundant_experts, layout.balanced).mean;
             Cost { seconds: load.as_ref().map_or(1.0, straggler), ..Cost::default() }
         });
         layer.imbalance = imbalance.seconds.max(1.0);
         let fullest = tokens * layer.imbalance;
-        let experts = self.routed(layout, key, moe, fullest);
+        let experts = self.routed(resolved, moe, fullest);
         // Rows are put in order around them: what the rank's own trace says, for as many rows as reach it.
-        let around = self.part(cut, parts, Part::Experts, fullest / groups);
-        let all = experts.plus(around);
-        layer.add(Slot::Experts, all);
+        let around = self.part(resolved.cut, Part::Experts, fullest / groups);
+        layer.add(Slot::Experts, experts.plus(around));
         if !layout.experts.exchanges() {
             return;
         }
-        let (out, back) = self.exchange(layout, key, moe, rows);
+        let (out, back) = self.exchange(resolved, moe, rows);
         layer.add(Slot::Dispatch, out);
         layer.add(Slot::Answer, back);
         // A part of the rows stays on the node: it arrives over NVLink, and is worked on first.
@@ -541,22 +709,25 @@ impl<'a> Iterations<'a> {
         let near = 1.0 / nodes;
         layer.durations[Slot::DispatchNear] = out.seconds * near;
         layer.durations[Slot::AnswerNear] = back.seconds * near;
-        let [of_near, of_far] = [near, 1.0 - near].map(|share| {
-            let routed = self.routed(layout, key, moe, fullest * share);
-            routed.seconds + around.seconds * share
-        });
-        layer.durations[Slot::ExpertsNear] = of_near;
-        layer.durations[Slot::ExpertsFar] = of_far;
+        if layout.overlap == Overlap::Arrivals {
+            let [of_near, of_far] = [near, 1.0 - near].map(|share| {
+                let routed = self.routed(resolved, moe, fullest * share);
+                routed.seconds + around.seconds * share
+            });
+            layer.durations[Slot::ExpertsNear] = of_near;
+            layer.durations[Slot::ExpertsFar] = of_far;
+        }
     }
 
     /// The routed experts of one rank, when all ranks together have so many tokens.
-    fn routed(&mut self, layout: &Layout, key: ExpertKey, moe: &Moe, tokens: f64) -> Cost {
-        let (costs, weights, hidden) = (&self.costs, self.formats.experts, self.model.hidden_size as f64);
+    fn routed(&mut self, resolved: &Resolved, moe: &Moe, tokens: f64) -> Cost {
+        let (layout, costs) = (resolved.layout, &self.costs);
+        let (weights, hidden) = (self.formats.experts, self.model.hidden_size as f64);
         let (intermediate, top_k) = (moe.intermediate_size as f64, moe.top_k as f64);
         let experts = (moe.num_experts + layout.redundant_experts) as f64;
         let (ep, matrices) = (layout.expert_ranks() as f64, moe.activation.matrices());
         let senders = (layout.tp * layout.dp) as f64;
-        self.experts.entry(key).or_default().at(tokens, |tokens| {
+        self.experts.values[resolved.expert].routed.at(tokens, |tokens| {
             let op = match layout.experts.exchanges() {
                 false => {
                     let tp = layout.expert_cut() as f64;
@@ -580,8 +751,8 @@ impl<'a> Iterations<'a> {
     }
 
     /// Rows to the experts and back, for one micro-batch of one layer.
-    fn exchange(&mut self, layout: &Layout, expert: ExpertKey, moe: &Moe, rows: f64) -> (Cost, Cost) {
-        let key = ExchangeKey { expert, dp: layout.dp, precision: layout.precision, two_level: layout.two_level };
+    fn exchange(&mut self, resolved: &Resolved, moe: &Moe, rows: f64) -> (Cost, Cost) {
+        let layout = resolved.layout;
         let (network, hidden) = (&self.network, self.model.hidden_size);
         let per_value = match layout.precision {
             ExchangePrecision::Full => ROW_BYTES,
@@ -625,7 +796,8 @@ impl<'a> Iterations<'a> {
                 across,
             }
         };
-        let (out, back) = self.exchanges.entry(key).or_default();
+        let place = resolved.exchange.expect("rows travel");
+        let ExchangeCosts { out, back } = &mut self.exchanges.values[place];
         // With heads split, each rank of a group sends an equal share of the group's rows.
         let rows = rows / layout.tp as f64;
         match layout.experts {
@@ -662,12 +834,12 @@ impl Layer {
     }
 
     /// Puts together what all layers and micro-batches spend.
-    fn iteration(&self, seconds: f64, computing: f64, micro_batches: usize, dense: usize, moe: usize) -> Iteration {
+    fn iteration(&self, resolved: &Resolved, seconds: f64, computing: f64, micro_batches: usize) -> Iteration {
         let mut iteration =
             Iteration { seconds, computing, micro_batches, imbalance: self.imbalance, ..Iteration::default() };
         let mut variance = 0.0;
         for slot in Slot::ALL {
-            let times = slot.times(dense, moe) * micro_batches as f64;
+            let times = slot.times(resolved.dense, resolved.moe) * micro_batches as f64;
             let cost = self.costs[slot as usize].times(times);
             iteration.slots[slot] = cost.seconds;
             variance += cost.deviation.powi(2);
@@ -685,8 +857,14 @@ impl Layer {
     }
 }
 
+fn expert_key(layout: &Layout) -> ExpertKey {
+    let (redundant, balanced) = (layout.redundant_experts, layout.balanced);
+    let senders = layout.tp * layout.dp;
+    ExpertKey { layout: layout.experts, tp: layout.expert_cut(), senders, redundant, balanced }
+}
+
 /// Different ways in which layers attend, each with its share of the layers.
-fn ways_of_attending(model: &ModelSpec) -> Vec<(LayerAttention, f64)> {
+pub(crate) fn ways_of_attending(model: &ModelSpec) -> Vec<(LayerAttention, f64)> {
     let mut ways: Vec<(LayerAttention, f64)> = Vec::new();
     for layer in 0..model.layers.len() {
         let attention = model.layer_attention(layer);

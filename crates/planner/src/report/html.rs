@@ -18,26 +18,31 @@ const MAX_MEMORY_BARS: usize = 16;
 const PART_CLASSES: [&str; 10] = ["p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7", "p8", "p9"];
 
 pub(crate) fn render(comparison: &Comparison) -> String {
-    let title = escape(&comparison.title());
-    let mut page = format!(
+    let mut body = header(comparison);
+    body += &section("performance", &tables::performance(comparison), &speed_plots(comparison));
+    body += &section("sameness", &tables::results(comparison), "");
+    body += &section("communication", &tables::communication(comparison), &time_plot(comparison));
+    body += &section("links", &tables::links(comparison), &link_plot(comparison));
+    body += &section("memory", &tables::memory(comparison), &memory_plot(comparison));
+    body += &section("load", &tables::load(comparison), &heat_maps(comparison));
+    body += &section("balance", &tables::balance(comparison), "");
+    body += &section("prediction", &tables::synchronizer(comparison), "");
+    body += &timelines(comparison);
+    body += &section("more", &tables::more(comparison), "");
+    body += &about(comparison);
+    page(&comparison.title(), &body)
+}
+
+/// A page that needs nothing else.
+pub(crate) fn page(title: &str, body: &str) -> String {
+    let title = escape(title);
+    format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n<style>\n{}</style>\n</head>\n<body>\n<main>\n",
+         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n<style>\n{}</style>\n</head>\n<body>\n<main>\n\
+         {body}</main>\n</body>\n</html>\n",
         include_str!("style.css")
-    );
-    page += &header(comparison);
-    page += &section("performance", &tables::performance(comparison), &speed_plots(comparison));
-    page += &section("sameness", &tables::results(comparison), "");
-    page += &section("communication", &tables::communication(comparison), &time_plot(comparison));
-    page += &section("links", &tables::links(comparison), &link_plot(comparison));
-    page += &section("memory", &tables::memory(comparison), &memory_plot(comparison));
-    page += &section("load", &tables::load(comparison), &heat_maps(comparison));
-    page += &section("balance", &tables::balance(comparison), "");
-    page += &section("prediction", &tables::synchronizer(comparison), "");
-    page += &timelines(comparison);
-    page += &section("more", &tables::more(comparison), "");
-    page += &about(comparison);
-    page + "</main>\n</body>\n</html>\n"
+    )
 }
 
 fn header(comparison: &Comparison) -> String {
@@ -96,7 +101,8 @@ fn tiles(comparison: &Comparison) -> String {
     html + "</ul>\n"
 }
 
-fn section(id: &str, table: &Table, plots: &str) -> String {
+/// A table with its plots; nothing where it has no rows.
+pub(crate) fn section(id: &str, table: &Table, plots: &str) -> String {
     if table.rows.is_empty() {
         return String::new();
     }
@@ -133,15 +139,15 @@ fn table_html(table: &Table) -> String {
 }
 
 /// A titled group of bars with a legend above.
-struct Plot<'a> {
-    title: &'a str,
-    legend: Vec<(&'a str, String)>,
+pub(crate) struct Plot<'a> {
+    pub(crate) title: &'a str,
+    pub(crate) legend: Vec<(&'a str, String)>,
     /// Name, bar, value.
-    bars: Vec<(String, String, String)>,
+    pub(crate) bars: Vec<(String, String, String)>,
 }
 
 impl Plot<'_> {
-    fn html(&self) -> String {
+    pub(crate) fn html(&self) -> String {
         let mut html =
             format!("<figure><figcaption>{}</figcaption>{}<div class=\"bars\">", self.title, legend(&self.legend));
         for (name, bar, value) in &self.bars {
@@ -156,7 +162,8 @@ impl Plot<'_> {
     }
 }
 
-fn legend(entries: &[(&str, String)]) -> String {
+/// What colours mean.
+pub(crate) fn legend(entries: &[(&str, String)]) -> String {
     if entries.is_empty() {
         return String::new();
     }

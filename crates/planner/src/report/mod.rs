@@ -4,6 +4,7 @@ mod facts;
 mod format;
 mod html;
 mod markdown;
+pub mod planning;
 mod plots;
 mod tables;
 mod text;

@@ -41,6 +41,51 @@ pub(crate) fn bar(segments: &[Segment]) -> String {
     svg + "</svg>"
 }
 
+/// A point of a scatter plot.
+pub(crate) struct Dot {
+    pub(crate) x: f64,
+    pub(crate) y: f64,
+    /// Class of its colour.
+    pub(crate) class: &'static str,
+    /// Shown on hover, and read aloud.
+    pub(crate) title: String,
+}
+
+/// Points with a line through some of them, from the origin to `most`.
+pub(crate) fn scatter(line: &[Dot], others: &[Dot], most: (f64, f64)) -> String {
+    const SIZE: (f64, f64) = (1000.0, 420.0);
+    const MARGIN: f64 = 16.0;
+    let place = |dot: &Dot| {
+        let share = |value: f64, most: f64| if most > 0.0 { value / most } else { 0.0 };
+        let x = MARGIN + (SIZE.0 - 2.0 * MARGIN) * share(dot.x, most.0);
+        let y = SIZE.1 - MARGIN - (SIZE.1 - 2.0 * MARGIN) * share(dot.y, most.1);
+        (x, y)
+    };
+    let mut svg = format!(
+        "<svg class=\"scatter\" viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{} plans\">\
+         <rect class=\"track\" width=\"{}\" height=\"{}\" rx=\"6\"/><path class=\"line\" d=\"",
+        SIZE.0,
+        SIZE.1,
+        line.len() + others.len(),
+        SIZE.0,
+        SIZE.1
+    );
+    for (idx, dot) in line.iter().enumerate() {
+        let (x, y) = place(dot);
+        let _ = write!(svg, "{}{x:.1} {y:.1}", if idx == 0 { 'M' } else { 'L' });
+    }
+    svg += "\"/>";
+    for dot in line.iter().chain(others) {
+        let ((x, y), title) = (place(dot), escape(&dot.title));
+        let _ = write!(
+            svg,
+            "<circle class=\"{}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"10\"><title>{title}</title></circle>",
+            dot.class
+        );
+    }
+    svg + "</svg>"
+}
+
 /// Limits of the ten colours of a heat map: load / mean load up to this one.
 pub(crate) const HEAT: [f64; 9] = [0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 1.67, 2.0, 3.0];
 /// Most cells across and down; of more, the fullest of each few is drawn.
