@@ -144,6 +144,8 @@ proptest! {
 
 #[test]
 fn what_a_price_rests_on_is_said() {
+    fn shared<T: Send + Sync + Clone>() {}
+    shared::<CostModel>();
     let h100 = CostModel::new(&gpu("h100-sxm"), Stack::Trtllm);
     let gemm = Op::Gemm { m: 64.0, n: 4096.0, k: 4096.0, weights: Precision::Bf16 };
     assert_eq!(h100.price(&gemm).source, Source::Table);

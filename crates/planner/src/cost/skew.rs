@@ -1,5 +1,7 @@
 //! How many rows and experts a rank has when loads follow a power law.
 
+use std::cell::Cell;
+
 /// What one rank has to do.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Loads {
@@ -21,6 +23,19 @@ impl Loads {
             let touched = experts * (1.0 - (1.0 - top_k / experts).max(0.0).powf(tokens)) / ep;
             return Loads { rows: rows / ep, fullest: rows / experts, touched };
         }
+        // An op's flops, bytes, tiles and features ask for the same loads one after another.
+        thread_local!(static LATEST: Cell<Option<([f64; 5], Loads)>> = const { Cell::new(None) });
+        let key = [tokens, top_k, experts, ep, skew];
+        if let Some((_, loads)) = LATEST.get().filter(|(latest, _)| *latest == key) {
+            return loads;
+        }
+        let loads = Loads::skewed(tokens, top_k, experts, ep, skew);
+        LATEST.set(Some((key, loads)));
+        loads
+    }
+
+    fn skewed(tokens: f64, top_k: f64, experts: f64, ep: f64, skew: f64) -> Loads {
+        let rows = tokens * top_k;
         let shares = shares(tokens, experts.round().max(1.0) as usize, skew);
         let local = ((experts / ep).round().max(1.0) as usize).min(shares.len());
         let chosen = |share: &f64| (share * rows).min(tokens);

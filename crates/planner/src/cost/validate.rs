@@ -53,9 +53,11 @@ const Z90: f64 = 1.645;
 pub fn cross_validate<'a>(rows: &'a [Row], learned: &Learned, split: Split, parts: u64) -> Vec<HeldOut<'a>> {
     let families = by_family(rows);
     let held_out = |family: Family, rows: &[&'a Row], held: u64| -> Vec<HeldOut<'a>> {
+        let shapes: BTreeSet<Vec<u64>> = rows.iter().map(|row| shape(&row.op)).collect();
         let part = |idx: usize, row: &Row| match split {
             Split::Rows => (random::uniform(5, idx as u64) * parts as f64) as u64,
-            Split::Shapes => shape(&row.op) % parts,
+            // In turn, so that each part has about as many shapes.
+            Split::Shapes => shapes.range(..shape(&row.op)).count() as u64 % parts,
         };
         let (test, train): (Vec<_>, Vec<_>) = rows.iter().enumerate().partition(|(idx, row)| part(*idx, row) == held);
         let train: Vec<&Row> = train.into_iter().map(|(_, row)| *row).collect();
@@ -81,22 +83,18 @@ pub fn cross_validate<'a>(rows: &'a [Row], learned: &Learned, split: Split, part
     })
 }
 
-/// What all rows of a shape share, hashed.
-fn shape(op: &Op) -> u64 {
-    let sizes = match *op {
-        Op::Gemm { n, k, .. } => vec![n, k],
-        Op::Experts { hidden, intermediate, experts, .. } => vec![hidden, intermediate, experts],
-        Op::ExpertsDeepEp { ep, .. } => vec![ep],
+/// What all rows of a shape share.
+fn shape(op: &Op) -> Vec<u64> {
+    match *op {
+        Op::Gemm { n, k, .. } => vec![n as u64, k as u64],
+        Op::Experts { hidden, intermediate, experts, .. } => vec![hidden as u64, intermediate as u64, experts as u64],
+        Op::ExpertsDeepEp { ep, .. } => vec![ep as u64],
         Op::AttentionPrefill { heads, kv_heads, .. } | Op::AttentionDecode { heads, kv_heads, .. } => {
-            vec![heads as f64, kv_heads as f64]
+            vec![heads, kv_heads]
         }
-        Op::MlaPrefill { heads, .. } | Op::MlaDecode { heads, .. } => vec![heads as f64],
+        Op::MlaPrefill { heads, .. } | Op::MlaDecode { heads, .. } => vec![heads],
         Op::Stream { .. } => Vec::new(),
-    };
-    // FNV-1a.
-    sizes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, size| {
-        (hash ^ size.to_bits() ^ (size.to_bits() >> 29)).wrapping_mul(0x0100_0000_01b3).rotate_left(17)
-    })
+    }
 }
 
 /// By how much standard deviations of each family must grow for 90 % of the rows to lie in their 90 % interval: near rows by
