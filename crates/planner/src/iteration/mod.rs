@@ -22,7 +22,7 @@ pub use layout::{ExpertLayout, Layout};
 
 use crate::PlannerError;
 use crate::cost::{CostModel, Op, Precision, Price};
-use crate::load::ExpertLoad;
+use crate::load::{ExpertLoad, Straggler};
 use crate::memory::Footprint;
 use crate::network::{Algorithm, Copies, Exchange, Group, M2n, Mode, Network};
 use curve::{Curve, Surface};
@@ -69,7 +69,7 @@ impl Cost {
         }
     }
 
-    fn plus(self, other: Cost) -> Cost {
+    pub(crate) fn plus(self, other: Cost) -> Cost {
         self.map(other, |a, b| a + b)
     }
 
@@ -123,7 +123,7 @@ fn precision(format: WeightFormat) -> Precision {
     }
 }
 
-/// What one data-parallel group has in one iteration. Every group has the same.
+/// What one data-parallel group has in one iteration; the one that all wait for, where groups have not the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Batch {
     /// Sequences that get one more token.
@@ -138,6 +138,9 @@ pub struct Batch {
     pub prefill_context: f64,
     /// Prompts that are read to their end.
     pub finished_prefills: f64,
+    /// Rows that the mean group has fewer than this one: 0 where every group has the same. Placed experts work for all
+    /// groups, so they have the mean of rows and not the most.
+    pub shortfall: f64,
 }
 
 impl Batch {
@@ -156,6 +159,11 @@ impl Batch {
         self.decodes + self.prefill_tokens
     }
 
+    /// Rows of the mean group.
+    fn mean_rows(&self) -> f64 {
+        (self.rows() - self.shortfall).max(0.0)
+    }
+
     /// One of so many equal parts.
     fn part(self, parts: f64) -> Batch {
         Batch {
@@ -163,6 +171,7 @@ impl Batch {
             prefill_tokens: self.prefill_tokens / parts,
             prefills: self.prefills / parts,
             finished_prefills: self.finished_prefills / parts,
+            shortfall: self.shortfall / parts,
             ..self
         }
     }
@@ -287,20 +296,45 @@ impl<'a> Iterations<'a> {
         }
     }
 
-    /// Prices an iteration in which every data-parallel group has this batch.
+    /// Prices an iteration whose groups wait for the one with this batch, and whose ranks wait, layer by layer, for the one
+    /// with the fullest experts, as full as it is in the mean.
     ///
     /// # Errors
     /// [`PlannerError`]: the model cannot be spread like this.
     pub fn price(&mut self, layout: &Layout, batch: &Batch) -> Result<Iteration, PlannerError> {
+        self.price_straggling(layout, batch, 0.0)
+    }
+
+    /// The same, when the fullest rank is fuller than in the mean by so many standard deviations of the mean over the layers.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn price_straggling(
+        &mut self,
+        layout: &Layout,
+        batch: &Batch,
+        deviations: f64,
+    ) -> Result<Iteration, PlannerError> {
         let micro_batches = (layout.micro_batches as f64).min(batch.rows().floor()).max(1.0);
         let part = batch.part(micro_batches);
         let micro_batches = micro_batches as usize;
         let (dense, moe) = layout.fullest_stage(self.model);
-        let layer = self.layer(layout, &part)?;
+        let layer = self.layer(layout, &part, deviations / (moe.max(1) as f64).sqrt())?;
         match layout.pp {
             1 => self.whole(layout, &layer, micro_batches, dense, moe),
             _ => self.pipelined(layout, &layer, micro_batches, dense, moe),
         }
+    }
+
+    /// Seconds of attention in one layer of one rank: what groups with other batches differ in.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn attention_s(&mut self, layout: &Layout, batch: &Batch) -> Result<f64, PlannerError> {
+        let cut = layout.cut();
+        let parts = self.parts(&cut)?;
+        let projections = self.part(&cut, &parts, Part::Attention, batch.rows());
+        Ok(projections.seconds + self.core(&cut, &parts, batch).seconds)
     }
 
     /// What the ranks of a layout hold, for steps of at most so many tokens of one data-parallel group.
@@ -389,13 +423,14 @@ impl<'a> Iterations<'a> {
         Ok(self.dags[&structure].walk(&layer.durations, &mut self.times))
     }
 
-    /// What each slot takes for one micro-batch in one layer.
-    fn layer(&mut self, layout: &Layout, batch: &Batch) -> Result<Layer, PlannerError> {
+    /// What each slot takes for one micro-batch in one layer, with the fullest rank by so many standard deviations of a layer.
+    fn layer(&mut self, layout: &Layout, batch: &Batch, deviations: f64) -> Result<Layer, PlannerError> {
         let cut = layout.cut();
         let parts = self.parts(&cut)?;
         let rows = batch.rows();
         let samples = batch.decodes + batch.finished_prefills;
-        let mut layer = Layer::default();
+        let pool = matches!(layout.experts, ExpertLayout::Pool { .. });
+        let mut layer = Layer { deviations, pool, ..Layer::default() };
         for part in Part::ALL {
             let size = if matches!(part, Part::Head | Part::Sample) { samples } else { rows };
             if part != Part::Experts && size > 0.0 {
@@ -405,7 +440,7 @@ impl<'a> Iterations<'a> {
         layer.add(Slot::Attention, self.core(&cut, &parts, batch));
         self.add_sums(layout, rows, samples, &mut layer);
         if let Some(moe) = self.model.layers.iter().find_map(|ffn| ffn.as_moe()) {
-            self.add_experts(layout, &cut, &parts, moe, rows, &mut layer);
+            self.add_experts(layout, &cut, &parts, moe, batch, &mut layer);
         }
         Ok(layer)
     }
@@ -506,7 +541,7 @@ impl<'a> Iterations<'a> {
     }
 
     /// Routed experts, and the way to them and back.
-    fn add_experts(&mut self, layout: &Layout, cut: &Cut, parts: &Parts, moe: &Moe, rows: f64, layer: &mut Layer) {
+    fn add_experts(&mut self, layout: &Layout, cut: &Cut, parts: &Parts, moe: &Moe, batch: &Batch, layer: &mut Layer) {
         let key = ExpertKey {
             layout: layout.experts,
             tp: layout.expert_cut(),
@@ -514,14 +549,18 @@ impl<'a> Iterations<'a> {
             balanced: layout.balanced,
         };
         // Rows of all groups meet at placed experts; a group alone has its own otherwise.
-        let groups = if layout.experts.exchanges() { layout.dp as f64 } else { 1.0 };
+        let (rows, groups) = match layout.experts.exchanges() {
+            true => (batch.mean_rows(), layout.dp as f64),
+            false => (batch.rows(), 1.0),
+        };
         let tokens = rows * groups;
         let (load, ranks) = (&self.load, layout.expert_ranks());
         let imbalance = self.imbalance.entry(key).or_default().at(tokens, |tokens| {
-            let straggler = |load: &Arc<ExpertLoad>| load.straggler(tokens, ranks, key.redundant, key.balanced).mean;
-            Cost { seconds: load.as_ref().map_or(1.0, straggler), ..Cost::default() }
+            let straggler = |load: &Arc<ExpertLoad>| load.straggler(tokens, ranks, key.redundant, key.balanced);
+            let Straggler { mean, sd, .. } = load.as_ref().map_or(Straggler::EVEN, straggler);
+            Cost { seconds: mean, deviation: sd, ..Cost::default() }
         });
-        layer.imbalance = imbalance.seconds.max(1.0);
+        layer.imbalance = (imbalance.seconds + layer.deviations * imbalance.deviation).max(1.0);
         let fullest = tokens * layer.imbalance;
         let experts = self.routed(layout, key, moe, fullest);
         // Rows are put in order around them: what the rank's own trace says, for as many rows as reach it.
@@ -531,7 +570,8 @@ impl<'a> Iterations<'a> {
         if !layout.experts.exchanges() {
             return;
         }
-        let (out, back) = self.exchange(layout, key, moe, rows);
+        // The rank that sends most decides when all is there.
+        let (out, back) = self.exchange(layout, key, moe, batch.rows());
         layer.add(Slot::Dispatch, out);
         layer.add(Slot::Answer, back);
         // A part of the rows stays on the node: it arrives over NVLink, and is worked on first.
@@ -640,6 +680,10 @@ impl<'a> Iterations<'a> {
 struct Layer {
     durations: Durations,
     costs: [Cost; SLOTS],
+    /// Standard deviations by which the fullest rank is fuller than in the mean.
+    deviations: f64,
+    /// Experts have ranks of their own.
+    pool: bool,
     imbalance: f64,
 }
 
@@ -660,7 +704,7 @@ impl Layer {
             iteration.slots[slot] = cost.seconds;
             variance += cost.deviation.powi(2);
             match slot {
-                Slot::Experts if self.costs[Slot::Experts as usize].seconds > 0.0 => {
+                Slot::Experts if self.pool => {
                     iteration.expert_rank = iteration.expert_rank.plus(cost);
                 }
                 _ => iteration.attention_rank = iteration.attention_rank.plus(cost),
