@@ -37,8 +37,14 @@ fn main() {
             start.elapsed()
         );
     }
-    let requests =
-        Requests { input: 2000.0, output: 100.0, concurrency: 32.0 * 128.0, prefix_hit: 0.0, step_tokens: 8192.0 };
+    let requests = Requests {
+        input: 2000.0,
+        output: 100.0,
+        concurrency: 32.0 * 128.0,
+        prefix_hit: 0.0,
+        step_tokens: 8192.0,
+        common_rhythm: true,
+    };
     let served = serving::aggregated(&mut iterations, &layout(32, 2), &requests, 1e6).unwrap();
     println!("{:.1} ms TTFT {:.1} ms TPOT {:.0} tok/s", 1e3 * served.ttft, 1e3 * served.tpot, served.throughput);
     let start = Instant::now();

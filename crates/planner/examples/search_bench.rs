@@ -69,7 +69,14 @@ fn search(model: &ModelSpec, cluster: &Cluster, gpus: std::ops::RangeInclusive<u
     );
     let search = Search {
         space: Space { model, cluster, gpus, compress: true, uneven: false, tolerate_failures: 0 },
-        requests: Requests { input: 2000.0, output: 500.0, concurrency: 0.0, prefix_hit: 0.0, step_tokens: 8192.0 },
+        requests: Requests {
+            input: 2000.0,
+            output: 500.0,
+            concurrency: 0.0,
+            prefix_hit: 0.0,
+            step_tokens: 8192.0,
+            common_rhythm: true,
+        },
         longest: 2500.0,
         goals: Goals { ttft: None, tpot: Some(0.05) },
         concurrencies: None,

@@ -46,6 +46,7 @@ pub mod record;
 pub mod report;
 pub mod search;
 pub mod serving;
+pub mod simulate;
 pub mod trace;
 
 pub use clock::{ClockSettings, StepInput, StepTimes, VirtualClock};

@@ -31,7 +31,7 @@ impl Predictor<'_> {
     pub fn predict(&mut self, layout: &Layout, requests: &Requests) -> Result<Prediction, PlannerError> {
         let cluster = self.iterations.cluster();
         let footprint = self.iterations.footprint(layout, requests.step_tokens)?;
-        let kv_tokens = self.room(layout, &footprint, requests)?;
+        let kv_tokens = self.room(layout, &footprint, requests.input + requests.output)?;
         let serving = serving::aggregated(&mut self.iterations, layout, requests, kv_tokens)?;
         Ok(Prediction::new(&Basis {
             layout,
@@ -44,11 +44,10 @@ impl Predictor<'_> {
         }))
     }
 
-    /// Tokens that the KV cache of a group holds, if at least one request fits.
-    fn room(&self, layout: &Layout, footprint: &Footprint, requests: &Requests) -> Result<f64, PlannerError> {
+    /// Tokens that the KV cache of a group holds, if at least one request, of so many tokens, fits.
+    pub(crate) fn room(&self, layout: &Layout, footprint: &Footprint, longest: f64) -> Result<f64, PlannerError> {
         let gpu = &self.iterations.cluster().gpu;
         let budget = gpu.memory.0 as f64 * self.utilization;
-        let longest = requests.input + requests.output;
         match footprint.kv_tokens(budget) {
             Some(tokens) if tokens >= longest => Ok(tokens),
             tokens => Err(PlannerError::DoesNotFit {

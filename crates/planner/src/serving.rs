@@ -1,8 +1,8 @@
 //! Requests in steady state, in closed form: what users and operators see when iterations take as long as they do.
 //!
-//! Users ask the next question when the last one is answered (a closed loop), in no common rhythm. In each iteration those
-//! who are being answered get a token, and prompts of those who are next are read beside them, as the scheduler does it
-//! (continuous batching, chunked prefill). The simulation of events drives that scheduler itself; this is its mean.
+//! Users ask the next question when the last one is answered (a closed loop). In each iteration those who are being answered
+//! get a token, and prompts of those who are next are read beside them, as the scheduler does it (continuous batching,
+//! chunked prefill). [`simulate`](crate::simulate) drives that scheduler itself; this is its mean.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,9 @@ pub struct Requests {
     pub prefix_hit: f64,
     /// Tokens of one iteration of a group at most.
     pub step_tokens: f64,
+    /// Whether groups read prompts in the same iterations, as they come to do where all requests have the same lengths.
+    /// Otherwise each reads when a prompt comes, and all others wait for it.
+    pub common_rhythm: bool,
 }
 
 impl Requests {
@@ -31,8 +34,24 @@ impl Requests {
     }
 
     /// Tokens in the cache of a sequence while it is answered, in the mean.
-    fn context(&self) -> f64 {
+    pub(crate) fn context(&self) -> f64 {
         self.input + self.output / 2.0
+    }
+
+    /// Answers, and so many tokens of prompts beside them.
+    fn mixed(&self, decodes: f64, prefill_tokens: f64) -> Batch {
+        let tokens = self.computed();
+        let prefills = (prefill_tokens / tokens).max(1.0);
+        Batch {
+            decodes,
+            context: self.context(),
+            prefill_tokens,
+            prefills,
+            // In the mean, half of a prompt's earlier chunks are there.
+            prefill_context: self.input - tokens + (tokens - prefill_tokens / prefills).max(0.0) / 2.0,
+            finished_prefills: prefill_tokens / tokens,
+            shortfall: 0.0,
+        }
     }
 }
 
@@ -99,46 +118,58 @@ pub fn ideal(iterations: &mut Iterations, resolved: &Resolved, requests: &Reques
 }
 
 fn settle(layout: &Layout, requests: &Requests, kv_tokens: f64, mut price: impl FnMut(&Batch) -> Iteration) -> Serving {
-    let groups = layout.dp as f64;
-    let fitting = (kv_tokens / (requests.input + requests.output)).floor().max(1.0);
-    let asked = (requests.concurrency / groups).max(1.0);
+    if requests.output <= 1.0 {
+        return prompts_only(layout, requests, price);
+    }
+    let users = requests.concurrency.max(1.0);
+    // Groups that have something to do, and the share of those that have not.
+    let groups = users.min(layout.dp as f64);
+    let idle = 1.0 - groups / layout.dp as f64;
+    // The scheduler lets in whoever fits now, so a sequence counts as long as it is in the mean.
+    let fitting = (kv_tokens / requests.context()).floor().max(1.0);
+    let asked = users / groups;
     let slots = asked.min(fitting);
-    let (tokens, output) = (requests.computed(), requests.output.max(1.0));
-    let cached = requests.input - tokens;
-    // A prompt is read in chunks of what the step has room for beside the answers.
-    let mixed = |seqs: f64, tokens_in_step: f64| {
-        let prompts = (tokens_in_step / tokens).max(1.0);
-        Batch {
-            decodes: seqs,
-            context: requests.context(),
-            prefill_tokens: tokens_in_step,
-            prefills: prompts,
-            // In the mean, half of a prompt's earlier chunks are there.
-            prefill_context: cached + (tokens - tokens_in_step / prompts).max(0.0) / 2.0,
-            finished_prefills: tokens_in_step / tokens,
-        }
-    };
-    let mut answered = slots;
+    let (tokens, output) = (requests.computed(), requests.output);
+    // With more answers, the prompts of those who follow do not fit into what answers leave of a step.
+    let most = (requests.step_tokens * output / (tokens + output)).max(1.0);
+    let mut answered = slots.min(most);
     let mut last = None;
     let mut serving = None;
     for _ in 0..ROUNDS {
         let room = (requests.step_tokens - answered).max(1.0);
         // Prompt tokens for each iteration that keep the answers coming.
         let needed = answered * tokens / output;
-        let chunk = needed.max(tokens).min(room);
-        let share = (needed / chunk).min(1.0);
-        let plain = price(&Batch::decode(answered.max(1.0), requests.context()));
-        let both = price(&mixed(answered, chunk));
-        let mean = (1.0 - share) * plain.seconds + share * both.seconds;
-        let steps = (tokens / chunk).ceil().max(1.0);
+        let together = requests.common_rhythm || groups == 1.0;
+        let reading = |needed: f64| match together {
+            true => Reading::together(needed, tokens, room),
+            false => Reading::apart(needed, tokens, room, groups),
+        };
+        let Reading { share, chunk, shortfall } = reading(needed);
+        let batch = Batch::decode(answered.max(1.0), requests.context());
+        let plain = price(&Batch { shortfall: batch.rows() * idle, ..batch });
+        let batch = requests.mixed(answered, chunk);
+        let shortfall = shortfall + (batch.rows() - shortfall) * idle;
+        let both = price(&Batch { shortfall, ..batch });
+        // Whoever is answered waits for the prompts of others, and not for its own.
+        let others = 1.0 - 1.0 / if together { slots } else { slots * groups };
+        let met = reading(needed * others).share;
+        let mean = (1.0 - met) * plain.seconds + met * both.seconds;
+        let answer = (output - 1.0) * mean;
         // Whoever comes waits for the running iteration, for prompts before it, and for its own.
-        let queued = share / (2.0 * (1.0 - share).max(0.05)) * both.seconds * steps;
-        let waiting_for_cache = (asked / slots - 1.0) * output * mean;
-        let ttft = mean / 2.0 + queued + steps * both.seconds;
-        let cycle = ttft + (output - 1.0) * mean;
-        let now = (slots * (output - 1.0).max(1.0) * mean / cycle).clamp(1.0f64.min(slots), slots);
+        let busy = (needed / room).min(0.95);
+        let queued = busy / (2.0 * (1.0 - busy)) * tokens / room * both.seconds;
+        let steps = (tokens / room).ceil();
+        let mut ttft = mean / 2.0 + queued + steps * both.seconds;
+        let mut now = (slots * answer / (ttft + answer)).max(1.0f64.min(slots));
+        if now >= most {
+            // All who are not answered wait for their prompts.
+            ttft = slots * answer / most - answer;
+            now = most;
+        }
+        let cycle = ttft + answer;
         serving = Some(Serving {
-            ttft: ttft + waiting_for_cache,
+            // Where the cache is full, others wait for a place.
+            ttft: ttft + (asked / slots - 1.0) * cycle,
             tpot: mean,
             longest_itl: both.seconds,
             throughput: groups * slots * output / cycle,
@@ -156,9 +187,86 @@ fn settle(layout: &Layout, requests: &Requests, kv_tokens: f64, mut price: impl 
         let slope = last.map_or(0.0, |(before, error_before): (f64, f64)| (error - error_before) / (answered - before));
         let step = if slope < -0.1 { -error / slope } else { error };
         last = Some((answered, error));
-        answered = (answered + step).clamp(1.0f64.min(slots), slots);
+        answered = (answered + step).clamp(1.0f64.min(slots), slots.min(most).max(1.0f64.min(slots)));
     }
     serving.expect("there is a round")
+}
+
+/// What is read of prompts in the iterations in which some group reads.
+struct Reading {
+    /// Share of these iterations.
+    share: f64,
+    /// Tokens that the group reads which reads most, in the mean.
+    chunk: f64,
+    /// What the mean group reads less.
+    shortfall: f64,
+}
+
+impl Reading {
+    /// All groups read at the same time, at least a prompt or what there is room for.
+    fn together(needed: f64, tokens: f64, room: f64) -> Reading {
+        let chunk = needed.max(tokens).min(room);
+        Reading { share: (needed / chunk).min(1.0), chunk, shortfall: 0.0 }
+    }
+
+    /// Each group reads when prompts come, whose number in an iteration is Poisson's, and all wait for the one that reads most.
+    fn apart(needed: f64, tokens: f64, room: f64, groups: f64) -> Reading {
+        let (prompts, most) = (needed / tokens, room / tokens);
+        // Probability that a group has `count` prompts to read, and that it has fewer.
+        let (mut at, mut below) =
+            if most > 1.0 { ((-prompts).exp(), 0.0) } else { (1.0 - (prompts / most).min(1.0), 0.0) };
+        let (mut of_one, mut of_most, mut share) = (0.0, 0.0, 0.0);
+        let mut count = 0.0;
+        while count < most {
+            below += at;
+            let more = 1.0 - below;
+            let any = 1.0 - below.powf(groups);
+            if count == 0.0 {
+                share = any;
+            }
+            // What does not fit any more comes in the next iteration.
+            let part = (most - count).min(1.0);
+            of_one += more * part;
+            of_most += any * part;
+            if any < NEVER {
+                break;
+            }
+            count += 1.0;
+            at *= prompts / count;
+        }
+        if share <= 0.0 {
+            return Reading { share, chunk: tokens.min(room), shortfall: 0.0 };
+        }
+        // What was put off is read, too.
+        let chunk = (of_most / share * tokens * (prompts / of_one)).min(room);
+        Reading { share, chunk, shortfall: (chunk - needed / share).max(0.0) }
+    }
+}
+
+/// Probability that does not matter.
+const NEVER: f64 = 1e-3;
+
+/// Answers of one token: prompts are read, as many at a time as a step has room for.
+fn prompts_only(layout: &Layout, requests: &Requests, mut price: impl FnMut(&Batch) -> Iteration) -> Serving {
+    let users = requests.concurrency.max(1.0);
+    let groups = users.min(layout.dp as f64);
+    let asked = users / groups;
+    let tokens = requests.computed();
+    let chunk = (asked * tokens).min(requests.step_tokens);
+    let batch = requests.mixed(0.0, chunk);
+    let shortfall = batch.rows() * (1.0 - groups / layout.dp as f64);
+    let reading = price(&Batch { shortfall, ..batch });
+    let ttft = (asked * tokens / chunk).max(1.0) * reading.seconds;
+    Serving {
+        ttft,
+        tpot: reading.seconds,
+        longest_itl: reading.seconds,
+        throughput: groups * asked / ttft,
+        running: groups * asked,
+        decode: reading,
+        mixed: reading,
+        mixed_share: 1.0,
+    }
 }
 
 /// Ranks that only read prompts, or only answer.

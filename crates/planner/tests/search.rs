@@ -13,8 +13,14 @@ use moesaic_planner::serving::Requests;
 use moesaic_spec::{Cluster, ModelSpec, cluster_preset, preset};
 use proptest::prelude::*;
 
-const REQUESTS: Requests =
-    Requests { input: 1000.0, output: 200.0, concurrency: 0.0, prefix_hit: 0.0, step_tokens: 2048.0 };
+const REQUESTS: Requests = Requests {
+    input: 1000.0,
+    output: 200.0,
+    concurrency: 0.0,
+    prefix_hit: 0.0,
+    step_tokens: 2048.0,
+    common_rhythm: true,
+};
 
 fn model(name: &str) -> ModelSpec {
     preset(name).unwrap().spec().unwrap()

@@ -42,4 +42,4 @@ pub use model::{
 };
 pub use presets::{PresetFile, cluster_preset, clusters, gpu_preset, gpus, workload_preset, workloads};
 pub use units::Bytes;
-pub use workload::{Arrival, TokenRange, Workload};
+pub use workload::{Arrival, SplitMix64, TokenRange, Workload};

@@ -3,6 +3,8 @@
 mod file;
 mod requests;
 
+pub use requests::SplitMix64;
+
 /// Requests of one shape or of random shapes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Workload {

@@ -23,7 +23,7 @@ pub use layout::{ExpertLayout, Layout};
 
 use crate::PlannerError;
 use crate::cost::{CostModel, Op, Phase, Precision, Price};
-use crate::load::ExpertLoad;
+use crate::load::{ExpertLoad, Straggler};
 use crate::memory::Footprint;
 use crate::network::{Algorithm, Copies, Exchange, Group, M2n, Mode, Network};
 use curve::{Curve, Surface};
@@ -70,7 +70,7 @@ impl Cost {
         }
     }
 
-    fn plus(self, other: Cost) -> Cost {
+    pub(crate) fn plus(self, other: Cost) -> Cost {
         self.map(other, |a, b| a + b)
     }
 
@@ -122,7 +122,7 @@ fn precision(format: WeightFormat) -> Precision {
     }
 }
 
-/// What one data-parallel group has in one iteration. Every group has the same.
+/// What one data-parallel group has in one iteration; the one that all wait for, where groups have not the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Batch {
     /// Sequences that get one more token.
@@ -137,6 +137,9 @@ pub struct Batch {
     pub prefill_context: f64,
     /// Prompts that are read to their end.
     pub finished_prefills: f64,
+    /// Rows that the mean group has fewer than this one: 0 where every group has the same. Placed experts work for all
+    /// groups, so they have the mean of rows and not the most.
+    pub shortfall: f64,
 }
 
 impl Batch {
@@ -155,6 +158,11 @@ impl Batch {
         self.decodes + self.prefill_tokens
     }
 
+    /// Rows of the mean group.
+    fn mean_rows(&self) -> f64 {
+        (self.rows() - self.shortfall).max(0.0)
+    }
+
     /// One of so many equal parts.
     fn part(self, parts: f64) -> Batch {
         Batch {
@@ -162,6 +170,7 @@ impl Batch {
             prefill_tokens: self.prefill_tokens / parts,
             prefills: self.prefills / parts,
             finished_prefills: self.finished_prefills / parts,
+            shortfall: self.shortfall / parts,
             ..self
         }
     }
@@ -385,13 +394,37 @@ impl<'a> Iterations<'a> {
         }
     }
 
-    /// Prices an iteration in which every data-parallel group has this batch.
+    /// Prices an iteration whose groups wait for the one with this batch, and whose ranks wait, layer by layer, for the one
+    /// with the fullest experts, as full as it is in the mean.
     ///
     /// # Errors
     /// [`PlannerError`]: the model cannot be spread like this.
     pub fn price(&mut self, layout: &Layout, batch: &Batch) -> Result<Iteration, PlannerError> {
+        self.price_straggling(layout, batch, 0.0)
+    }
+
+    /// The same, when the fullest rank is fuller than in the mean by so many standard deviations of the mean over the layers.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn price_straggling(
+        &mut self,
+        layout: &Layout,
+        batch: &Batch,
+        deviations: f64,
+    ) -> Result<Iteration, PlannerError> {
         let resolved = self.resolve(layout)?;
-        Ok(self.price_resolved(&resolved, batch))
+        Ok(self.price_of(&resolved, batch, deviations))
+    }
+
+    /// Seconds of attention in one layer of one rank: what groups with other batches differ in.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn attention_s(&mut self, layout: &Layout, batch: &Batch) -> Result<f64, PlannerError> {
+        let cut = self.cut(layout)?;
+        let projections = self.part(cut, Part::Attention, batch.rows());
+        Ok(projections.seconds + self.core(cut, batch).seconds)
     }
 
     /// Finds what prices of a layout need. What it returns is of these iterations and no others.
@@ -428,11 +461,15 @@ impl<'a> Iterations<'a> {
 
     /// Prices an iteration of a layout that is found already.
     pub fn price_resolved(&mut self, resolved: &Resolved, batch: &Batch) -> Iteration {
+        self.price_of(resolved, batch, 0.0)
+    }
+
+    fn price_of(&mut self, resolved: &Resolved, batch: &Batch, deviations: f64) -> Iteration {
         let layout = resolved.layout;
         let micro_batches = (layout.micro_batches as f64).min(batch.rows().floor()).max(1.0);
         let part = batch.part(micro_batches);
         let micro_batches = micro_batches as usize;
-        let layer = self.layer(resolved, &part);
+        let layer = self.layer(resolved, &part, deviations / (resolved.moe.max(1) as f64).sqrt());
         match layout.pp {
             1 => {
                 let (seconds, computing) = self.whole(resolved, &layer, micro_batches);
@@ -516,24 +553,17 @@ impl<'a> Iterations<'a> {
     }
 
     fn ideal_stage(&mut self, resolved: &Resolved, batch: &Batch) -> f64 {
-        let layer = self.layer(resolved, batch);
+        // Small parts may go by faster kernels.
+        let parts = [1.0, 2.0, 4.0].map(|parts| (parts, self.layer(resolved, &batch.part(parts), 0.0)));
         let mut lanes = [0.0; 3];
         for slot in Slot::ALL {
             let lane = match slot {
-                Slot::Experts if matches!(resolved.layout.experts, ExpertLayout::Pool { .. }) => 1,
-                Slot::Dispatch | Slot::Answer => continue,
+                Slot::Experts if parts[0].1.pool => 1,
                 _ if slot.is_exchange() => 2,
                 _ => 0,
             };
-            lanes[lane] += slot.times(resolved.dense, resolved.moe) * layer.durations[slot];
-        }
-        if let (Some(_), Some(moe)) = (resolved.exchange, self.model.layers.iter().find_map(|ffn| ffn.as_moe())) {
-            // Small parts may go by faster kernels.
-            let mut ways = |parts: f64| {
-                let (out, back) = self.exchange(resolved, moe, batch.rows() / parts);
-                parts * (out.seconds + back.seconds)
-            };
-            lanes[2] += resolved.moe as f64 * ways(1.0).min(ways(2.0)).min(ways(4.0));
+            let ways = parts.iter().map(|(parts, layer)| parts * layer.durations[slot]);
+            lanes[lane] += slot.times(resolved.dense, resolved.moe) * ways.fold(f64::INFINITY, f64::min);
         }
         lanes.into_iter().fold(0.0, f64::max)
     }
@@ -547,11 +577,12 @@ impl<'a> Iterations<'a> {
         layer.iteration(resolved, turns * stage, computing * micro_batches as f64, micro_batches)
     }
 
-    /// What each slot takes for one micro-batch in one layer.
-    fn layer(&mut self, resolved: &Resolved, batch: &Batch) -> Layer {
+    /// What each slot takes for one micro-batch in one layer, with the fullest rank by so many standard deviations of a layer.
+    fn layer(&mut self, resolved: &Resolved, batch: &Batch, deviations: f64) -> Layer {
         let rows = batch.rows();
         let samples = batch.decodes + batch.finished_prefills;
-        let mut layer = Layer::default();
+        let pool = matches!(resolved.layout.experts, ExpertLayout::Pool { .. });
+        let mut layer = Layer { deviations, pool, ..Layer::default() };
         for part in Part::ALL {
             let size = if matches!(part, Part::Head | Part::Sample) { samples } else { rows };
             if part != Part::Experts && size > 0.0 {
@@ -563,7 +594,7 @@ impl<'a> Iterations<'a> {
         if resolved.moe > 0
             && let Some(moe) = self.model.layers.iter().find_map(|ffn| ffn.as_moe())
         {
-            self.add_experts(resolved, moe, rows, &mut layer);
+            self.add_experts(resolved, moe, batch, &mut layer);
         }
         layer
     }
@@ -681,18 +712,22 @@ impl<'a> Iterations<'a> {
     }
 
     /// Routed experts, and the way to them and back.
-    fn add_experts(&mut self, resolved: &Resolved, moe: &Moe, rows: f64, layer: &mut Layer) {
+    fn add_experts(&mut self, resolved: &Resolved, moe: &Moe, batch: &Batch, layer: &mut Layer) {
         let layout = resolved.layout;
         // Rows of all groups meet at placed experts; a group alone has its own otherwise.
-        let groups = if layout.experts.exchanges() { layout.dp as f64 } else { 1.0 };
+        let (rows, groups) = match layout.experts.exchanges() {
+            true => (batch.mean_rows(), layout.dp as f64),
+            false => (batch.rows(), 1.0),
+        };
         let tokens = rows * groups;
         let (load, ranks) = (&self.load, layout.expert_ranks());
         let imbalance = self.experts.values[resolved.expert].imbalance.at(tokens, |tokens| {
             let straggler =
-                |load: &Arc<ExpertLoad>| load.straggler(tokens, ranks, layout.redundant_experts, layout.balanced).mean;
-            Cost { seconds: load.as_ref().map_or(1.0, straggler), ..Cost::default() }
+                |load: &Arc<ExpertLoad>| load.straggler(tokens, ranks, layout.redundant_experts, layout.balanced);
+            let Straggler { mean, sd, .. } = load.as_ref().map_or(Straggler::EVEN, straggler);
+            Cost { seconds: mean, deviation: sd, ..Cost::default() }
         });
-        layer.imbalance = imbalance.seconds.max(1.0);
+        layer.imbalance = (imbalance.seconds + layer.deviations * imbalance.deviation).max(1.0);
         let fullest = tokens * layer.imbalance;
         let experts = self.routed(resolved, moe, fullest);
         // Rows are put in order around them: what the rank's own trace says, for as many rows as reach it.
@@ -701,7 +736,8 @@ impl<'a> Iterations<'a> {
         if !layout.experts.exchanges() {
             return;
         }
-        let (out, back) = self.exchange(resolved, moe, rows);
+        // The rank that sends most decides when all is there.
+        let (out, back) = self.exchange(resolved, moe, batch.rows());
         layer.add(Slot::Dispatch, out);
         layer.add(Slot::Answer, back);
         // A part of the rows stays on the node: it arrives over NVLink, and is worked on first.
@@ -824,6 +860,10 @@ impl<'a> Iterations<'a> {
 struct Layer {
     durations: Durations,
     costs: [Cost; SLOTS],
+    /// Standard deviations by which the fullest rank is fuller than in the mean.
+    deviations: f64,
+    /// Experts have ranks of their own.
+    pool: bool,
     imbalance: f64,
 }
 
@@ -844,7 +884,7 @@ impl Layer {
             iteration.slots[slot] = cost.seconds;
             variance += cost.deviation.powi(2);
             match slot {
-                Slot::Experts if self.costs[Slot::Experts as usize].seconds > 0.0 => {
+                Slot::Experts if self.pool => {
                     iteration.expert_rank = iteration.expert_rank.plus(cost);
                 }
                 _ => iteration.attention_rank = iteration.attention_rank.plus(cost),

@@ -118,9 +118,10 @@ impl<'a> Bound<'a> {
         let Requests { output, .. } = self.requests;
         let output = output.max(1.0);
         let groups = (self.shape.dp * self.shape.copies) as f64;
-        let tpot = SLACK * self.iteration(from);
+        let tpot = SLACK * self.iteration(from, slots);
         // Little's law: answered = throughput × time of an answer; longer batches are the more efficient ones.
-        let answers = if output > 1.0 { output / (output - 1.0) * to / self.iteration(to) } else { f64::INFINITY };
+        let answers =
+            if output > 1.0 { output / (output - 1.0) * to / self.iteration(to, slots) } else { f64::INFINITY };
         let cycle = self.ttft() + (output - 1.0) * tpot;
         let throughput = groups * (answers / SLACK).min(slots * output / cycle);
         Best { tpot, throughput }
@@ -143,19 +144,21 @@ impl<'a> Bound<'a> {
         own + if self.pooled() { 0.0 } else { self.moe * self.routed(rows).0 }
     }
 
-    /// An iteration in which so many requests are answered, and as many prompt tokens read as keep it so, seconds.
-    fn iteration(&self, answered: f64) -> f64 {
+    /// An iteration in which so many of a group's requests are answered, and as many prompt tokens read as keep it so, seconds.
+    /// Nobody waits for its own prompt.
+    fn iteration(&self, answered: f64, slots: f64) -> f64 {
         let pp = self.shape.pp as f64;
         // Four micro-batches at most, none of less than a row.
         let least_part = (answered / 4.0).max(1.0).min(answered);
-        let whole = self.stage(answered);
-        if pp > 1.0 { whole.max(pp * self.stage(least_part)) } else { whole }
+        let others = 1.0 - 1.0 / slots.max(1.0);
+        let whole = self.stage(answered, others);
+        if pp > 1.0 { whole.max(pp * self.stage(least_part, others)) } else { whole }
     }
 
     /// One stage's share.
-    fn stage(&self, answered: f64) -> f64 {
+    fn stage(&self, answered: f64, others: f64) -> f64 {
         let room = (self.requests.step_tokens - answered).max(1.0);
-        let prompts = (answered * self.prompt() / self.requests.output.max(1.0)).min(room);
+        let prompts = (others * answered * self.prompt() / self.requests.output.max(1.0)).min(room);
         let rows = answered + prompts;
         let layers = self.dense + self.moe;
         let context = self.requests.input + self.requests.output / 2.0;

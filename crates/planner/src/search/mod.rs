@@ -242,8 +242,8 @@ impl Search<'_> {
             let throughput = served.throughput * task.shape.copies as f64 / task.shape.gpus as f64;
             let merit = Merit { throughput, tpot: served.tpot, ttft: served.ttft }.relaxed(SETTLED);
             ideal.push(merit);
-            // More requests at a time take longer still.
-            if self.prune && self.goals.missed_by(0.0, merit.tpot) > 1.0 {
+            // More requests at a time take longer still, but for a step of the scheduler here and there.
+            if self.prune && self.goals.missed_by(0.0, merit.tpot) > 1.5 {
                 break;
             }
         }
@@ -317,9 +317,9 @@ impl Search<'_> {
         Ok(Some(Task { shape, strategy, bounds, ttft: bound.ttft(), slots }))
     }
 
-    /// Requests of a group at a time that its KV cache has room for.
+    /// Requests of a group at a time that its KV cache has room for, as long as they are in the mean.
     fn fitting(&self, room: f64) -> f64 {
-        (room / (self.requests.input + self.requests.output)).floor().max(1.0)
+        (room / self.requests.context()).floor().max(1.0)
     }
 }
 

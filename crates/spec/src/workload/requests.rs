@@ -4,10 +4,12 @@ use super::{TokenRange, Workload};
 
 /// SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): an odd step through 64 bits, mixed by two multiplications. Small
 /// enough to be written here, so that a seed means the same requests in every version and on every machine.
-struct SplitMix64(u64);
+#[derive(Clone, Debug)]
+pub struct SplitMix64(pub u64);
 
 impl SplitMix64 {
-    fn next(&mut self) -> u64 {
+    /// The next 64 bits.
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -16,7 +18,12 @@ impl SplitMix64 {
 
     /// Uniform in `0 .. n`: the high half of a product (Lemire 2019), whose bias is below `n / 2⁶⁴`.
     fn below(&mut self, n: usize) -> usize {
-        ((u128::from(self.next()) * n as u128) >> 64) as usize
+        ((u128::from(self.bits()) * n as u128) >> 64) as usize
+    }
+
+    /// Uniform in [0, 1), 53 bits.
+    pub fn uniform(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     fn within(&mut self, range: TokenRange) -> usize {
@@ -33,13 +40,26 @@ impl Workload {
     pub fn requests(&self, vocab_size: usize) -> Vec<(Vec<u32>, usize)> {
         assert!(vocab_size > 0, "a vocabulary has tokens");
         let request = |idx: usize| {
-            let seed = SplitMix64(self.seed).next();
-            let mut random = SplitMix64(SplitMix64(seed ^ idx as u64).next());
-            let num_input = random.within(self.input_tokens);
-            let num_output = random.within(self.output_tokens);
+            let (num_input, num_output, mut random) = self.draw(idx);
             ((0..num_input).map(|_| random.below(vocab_size) as u32).collect(), num_output)
         };
         (0..self.num_requests).map(request).collect()
+    }
+
+    /// Tokens of the prompt and of the answer of each of the same requests.
+    pub fn lengths(&self) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.num_requests).map(|idx| {
+            let (num_input, num_output, _) = self.draw(idx);
+            (num_input, num_output)
+        })
+    }
+
+    /// Lengths of a request, and the source of its tokens.
+    fn draw(&self, idx: usize) -> (usize, usize, SplitMix64) {
+        let seed = SplitMix64(self.seed).bits();
+        let mut random = SplitMix64(SplitMix64(seed ^ idx as u64).bits());
+        let num_input = random.within(self.input_tokens);
+        (num_input, random.within(self.output_tokens), random)
     }
 }
 
@@ -52,7 +72,7 @@ mod tests {
     #[test]
     fn the_generator_is_the_published_one() {
         let mut random = SplitMix64(1234567);
-        let values = [(); 5].map(|()| random.next());
+        let values = [(); 5].map(|()| random.bits());
         assert_eq!(
             values,
             [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
@@ -72,6 +92,8 @@ mod tests {
         };
         let requests = workload.requests(11);
         assert_eq!(requests, workload.requests(11));
+        let lengths: Vec<_> = requests.iter().map(|(prompt, output)| (prompt.len(), *output)).collect();
+        assert_eq!(workload.lengths().collect::<Vec<_>>(), lengths);
         assert_eq!(requests[..50], Workload { num_requests: 50, ..workload.clone() }.requests(11));
         assert_ne!(requests, Workload { seed: 8, ..workload.clone() }.requests(11));
         // Every allowed length and token comes up, and no other.
