@@ -35,6 +35,9 @@ pub enum PlannerError {
     /// The model's own forward pass refuses it.
     #[error(transparent)]
     Model(#[from] moesaic_model::ModelError),
+    /// The scheduler refuses limits or a request.
+    #[error(transparent)]
+    Sched(#[from] moesaic_sched::SchedError),
     /// A receive whose send is nowhere.
     #[error("{at} waits for {kind} from rank {from} (tag {tag:#x}), which the records of this step never send")]
     NeverSent {

@@ -44,6 +44,7 @@ pub mod predict;
 pub mod record;
 pub mod report;
 pub mod serving;
+pub mod simulate;
 pub mod trace;
 
 pub use clock::{ClockSettings, StepInput, StepTimes, VirtualClock};
