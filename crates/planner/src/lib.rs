@@ -46,6 +46,7 @@ pub mod report;
 pub mod serving;
 pub mod simulate;
 pub mod trace;
+pub mod whatif;
 
 pub use clock::{ClockSettings, StepInput, StepTimes, VirtualClock};
 pub use cost::{LinkPrice, Roofline};

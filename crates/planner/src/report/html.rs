@@ -18,13 +18,7 @@ const MAX_MEMORY_BARS: usize = 16;
 const PART_CLASSES: [&str; 10] = ["p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7", "p8", "p9"];
 
 pub(crate) fn render(comparison: &Comparison) -> String {
-    let title = escape(&comparison.title());
-    let mut page = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n<style>\n{}</style>\n</head>\n<body>\n<main>\n",
-        include_str!("style.css")
-    );
+    let mut page = head(&comparison.title());
     page += &header(comparison);
     page += &section("performance", &tables::performance(comparison), &speed_plots(comparison));
     page += &section("sameness", &tables::results(comparison), "");
@@ -38,6 +32,17 @@ pub(crate) fn render(comparison: &Comparison) -> String {
     page += &section("more", &tables::more(comparison), "");
     page += &about(comparison);
     page + "</main>\n</body>\n</html>\n"
+}
+
+/// A page up to where its content begins.
+pub(super) fn head(title: &str) -> String {
+    let title = escape(title);
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n<style>\n{}</style>\n</head>\n<body>\n<main>\n",
+        include_str!("style.css")
+    )
 }
 
 fn header(comparison: &Comparison) -> String {
@@ -96,7 +101,7 @@ fn tiles(comparison: &Comparison) -> String {
     html + "</ul>\n"
 }
 
-fn section(id: &str, table: &Table, plots: &str) -> String {
+pub(super) fn section(id: &str, table: &Table, plots: &str) -> String {
     if table.rows.is_empty() {
         return String::new();
     }
@@ -156,7 +161,7 @@ impl Plot<'_> {
     }
 }
 
-fn legend(entries: &[(&str, String)]) -> String {
+pub(super) fn legend(entries: &[(&str, String)]) -> String {
     if entries.is_empty() {
         return String::new();
     }
