@@ -8,13 +8,14 @@ use super::{params, roofline};
 use crate::PlannerError;
 
 /// Whose kernels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stack {
     /// NVIDIA TensorRT-LLM.
     Trtllm,
     /// vLLM.
     Vllm,
-    /// SGLang.
+    /// SGLang; the one that has kernels for rows that travel to experts, and what is priced where nobody says otherwise.
+    #[default]
     Sglang,
     /// FlashInfer's alone.
     FlashInfer,

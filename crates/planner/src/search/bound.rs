@@ -145,12 +145,13 @@ impl<'a> Bound<'a> {
     }
 
     /// An iteration in which so many of a group's requests are answered, and as many prompt tokens read as keep it so, seconds.
-    /// Nobody waits for its own prompt.
+    /// Nobody waits for its own prompt, nor for those that were read with it.
     fn iteration(&self, answered: f64, slots: f64) -> f64 {
         let pp = self.shape.pp as f64;
         // Four micro-batches at most, none of less than a row.
         let least_part = (answered / 4.0).max(1.0).min(answered);
-        let others = 1.0 - 1.0 / slots.max(1.0);
+        let own = if self.requests.common_rhythm { self.requests.step_tokens / self.prompt() } else { 1.0 };
+        let others = (1.0 - own.max(1.0) / slots.max(1.0)).max(0.0);
         let whole = self.stage(answered, others);
         if pp > 1.0 { whole.max(pp * self.stage(least_part, others)) } else { whole }
     }
