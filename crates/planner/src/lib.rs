@@ -31,6 +31,7 @@
 //! assert!((roofline.seconds(&linear) - 11e-6).abs() < 1e-12);
 //! ```
 
+pub mod calibration;
 pub mod clock;
 pub mod cost;
 pub mod energy;
@@ -48,6 +49,7 @@ pub mod search;
 pub mod serving;
 pub mod simulate;
 pub mod trace;
+pub mod validate;
 pub mod whatif;
 
 pub use clock::{ClockSettings, StepInput, StepTimes, VirtualClock};

@@ -209,8 +209,10 @@ impl Parts {
                 None => ops.push((part, found.collect())),
             }
         }
+        // The largest steps read prompts, few of which end in them: one row has logits.
         let bound = |rows: usize| {
-            let seqs = vec![SeqShape { num_tokens: 1, context_len: CONTEXT, samples: true }; rows];
+            let seq = |idx| SeqShape { num_tokens: 1, context_len: CONTEXT, samples: idx == 0 };
+            let seqs: Vec<SeqShape> = (0..rows).map(seq).collect();
             let bounds =
                 meta.bounds(StepShape { seqs: &seqs, block_size: BLOCK, all_logits: false, num_micro_batches: 1 })?;
             Ok::<f64, PlannerError>(bounds.activations.0 as f64)
