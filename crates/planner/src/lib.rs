@@ -45,6 +45,7 @@ pub mod record;
 pub mod report;
 pub mod serving;
 pub mod trace;
+pub mod training;
 
 pub use clock::{ClockSettings, StepInput, StepTimes, VirtualClock};
 pub use cost::{LinkPrice, Roofline};
