@@ -40,6 +40,7 @@ pub mod load;
 pub mod memory;
 pub mod metrics;
 pub mod network;
+pub mod papers;
 pub mod predict;
 pub mod record;
 pub mod report;

@@ -1,9 +1,9 @@
 //! Strategies side by side: as data, JSON, Markdown, text for a terminal, and one HTML page that needs nothing else.
 
 mod facts;
-mod format;
+pub(crate) mod format;
 mod html;
-mod markdown;
+pub(crate) mod markdown;
 mod plots;
 mod tables;
 mod text;
