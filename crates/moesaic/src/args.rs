@@ -42,6 +42,8 @@ pub(crate) enum Command {
         /// Another.
         b: PathBuf,
     },
+    /// Hold the papers' figures against what is predicted, and against physics.
+    Reproduce(ReproduceArgs),
     /// Measure latency or throughput.
     Bench(BenchArgs),
     /// Say what this machine has.
@@ -102,6 +104,22 @@ pub(crate) struct CompareArgs {
     /// No progress on standard error.
     #[arg(short, long, help_heading = "Output")]
     pub quiet: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic reproduce                                          all five papers, into docs/papers.md\n  \
+    moesaic reproduce 003 004 --output ma.md --json ma.json    two of them, also as JSON")]
+pub(crate) struct ReproduceArgs {
+    /// Which papers [default: all].
+    #[arg(value_name = "PAPER")]
+    pub papers: Vec<String>,
+    /// The document (Markdown); its plots go into a folder of the same name beside it.
+    #[arg(short, long, value_name = "FILE", default_value = "docs/papers.md")]
+    pub output: PathBuf,
+    /// Everything as JSON, too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

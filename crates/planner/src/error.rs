@@ -186,6 +186,14 @@ pub enum PlannerError {
         /// What would be right.
         right: &'static str,
     },
+    /// A paper that there is not.
+    #[error("there is no paper {name:?}; there are {known}")]
+    UnknownPaper {
+        /// Its name.
+        name: String,
+        /// All names.
+        known: String,
+    },
     /// A file of results could not be written.
     #[error("cannot write the {what}: {why}")]
     Write {

@@ -41,6 +41,7 @@ pub mod load;
 pub mod memory;
 pub mod metrics;
 pub mod network;
+pub mod papers;
 pub mod predict;
 pub mod price;
 pub mod record;
@@ -49,6 +50,7 @@ pub mod search;
 pub mod serving;
 pub mod simulate;
 pub mod trace;
+pub mod training;
 pub mod validate;
 pub mod whatif;
 

@@ -25,4 +25,5 @@ pub use learned::{Family, Learned, Widening};
 pub use link::{LinkPrice, Roofline};
 pub use model::CostModel;
 pub use op::{Op, Phase, Precision};
+pub use skew::touched;
 pub use table::{Row, Stack, parse};

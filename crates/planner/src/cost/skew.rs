@@ -13,6 +13,11 @@ pub(super) struct Loads {
     pub(super) touched: f64,
 }
 
+/// Experts that some token goes to, when all are equally likely: `E (1 - (1 - k/E)^n)`.
+pub fn touched(tokens: f64, top_k: f64, experts: f64) -> f64 {
+    experts * (1.0 - (1.0 - top_k / experts).max(0.0).powf(tokens))
+}
+
 impl Loads {
     /// With `skew` 0 all experts are equally likely, and `E (1 - (1 - k/E)^n) / ep` of them get rows. With an exponent `α`,
     /// expert loads are the quantiles of a Pareto law between 1 and the tokens, `(1 + u (X^(1-α) - 1))^(1/(1-α))` at evenly
@@ -20,7 +25,7 @@ impl Loads {
     pub(super) fn of(tokens: f64, top_k: f64, experts: f64, ep: f64, skew: f64) -> Loads {
         let rows = tokens * top_k;
         if skew == 0.0 {
-            let touched = experts * (1.0 - (1.0 - top_k / experts).max(0.0).powf(tokens)) / ep;
+            let touched = touched(tokens, top_k, experts) / ep;
             return Loads { rows: rows / ep, fullest: rows / experts, touched };
         }
         // An op's flops, bytes, tiles and features ask for the same loads one after another.

@@ -41,7 +41,7 @@ fn render_table(table: &Table) -> String {
 }
 
 /// Names come from files: nothing in them may end a cell, begin a line or be read as HTML.
-fn cell(text: &str) -> String {
+pub(crate) fn cell(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for character in text.chars() {
         match character {

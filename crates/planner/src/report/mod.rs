@@ -3,7 +3,7 @@
 mod facts;
 pub(crate) mod format;
 mod html;
-mod markdown;
+pub(crate) mod markdown;
 pub mod planning;
 mod plots;
 mod simulation;
