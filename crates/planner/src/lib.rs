@@ -41,6 +41,7 @@ pub mod memory;
 pub mod metrics;
 pub mod network;
 pub mod predict;
+pub mod profile;
 pub mod record;
 pub mod report;
 pub mod serving;
