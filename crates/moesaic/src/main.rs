@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         Command::Explain(args) => cmd::explain::run(&args),
         Command::Diff { a, b } => cmd::explain::diff(&a, &b),
         Command::Bench(args) => cmd::bench::run(&args),
+        Command::Profile(args) => cmd::profile::run(&args),
         Command::Doctor(args) => cmd::doctor::run(&args),
         Command::Completions { shell } => {
             cmd::completions(shell);
