@@ -12,6 +12,7 @@ pub mod engine;
 mod executor;
 pub mod launch;
 mod migrate;
+pub mod probe;
 pub mod rank;
 mod record;
 mod routing;
@@ -66,6 +67,14 @@ pub enum EngineError {
     /// Sampling failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// A measurement takes more memory than there is.
+    #[error("needs {needed} of memory, and {available} may be used")]
+    TooLarge {
+        /// By the measurement.
+        needed: moesaic_spec::Bytes,
+        /// At most.
+        available: moesaic_spec::Bytes,
+    },
     /// Memory could not be had.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -46,6 +46,8 @@ pub(crate) enum Command {
     Reproduce(ReproduceArgs),
     /// Measure latency or throughput.
     Bench(BenchArgs),
+    /// Measure this machine's ops and links, as many as a model needs, into tables.
+    Profile(ProfileArgs),
     /// Say what this machine has.
     Doctor(DoctorArgs),
     /// Print a completion script for a shell.
@@ -561,6 +563,70 @@ pub(crate) struct BenchThroughputArgs {
     /// Requests, all given at the start.
     #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Workload")]
     pub num_prompts: usize,
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic profile qwen3-30b-a3b --list                       what would be measured\n  \
+    moesaic profile ./model --max-seconds 600                  ten minutes of it; the same command goes on\n  \
+    moesaic profile ./model --op gemm,moe --dtype bfloat16     some ops only")]
+pub(crate) struct ProfileArgs {
+    /// Preset, model folder or config.json; without one, the small model inside the binary.
+    #[arg(value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Folder for the tables, one file an op [default: moesaic-profile/MACHINE].
+    #[arg(short, long, value_name = "DIR", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    /// Print what is still to be measured, and measure nothing.
+    #[arg(long, help_heading = "Output")]
+    pub list: bool,
+    /// No progress on standard error.
+    #[arg(short, long, help_heading = "Output")]
+    pub quiet: bool,
+    /// Some ops only.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(moesaic_planner::profile::TABLES), help_heading = "What")]
+    pub op: Vec<String>,
+    /// Types of weights [default: all, the model's own first].
+    #[arg(long, value_enum, value_name = "TYPES", value_delimiter = ',', help_heading = "What")]
+    pub dtype: Vec<ProfileDTypeArg>,
+    /// Ranks that share heads and experts; ops of one rank alone are measured, too.
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "What")]
+    pub tensor_parallel_size: usize,
+    /// Ranks that whole experts are spread over.
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "What")]
+    pub expert_parallel_size: usize,
+    /// Most rows of a step.
+    #[arg(long, value_name = "N", default_value_t = 2048, help_heading = "What")]
+    pub max_num_batched_tokens: u64,
+    /// Most sequences of a step.
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "What")]
+    pub max_num_seqs: u64,
+    /// Longest context, tokens [default: 4096, or the model's own if that is less].
+    #[arg(long, value_name = "N", help_heading = "What")]
+    pub max_model_len: Option<u64>,
+    /// Stop after this time, with what has been measured.
+    #[arg(long, value_name = "SECONDS", help_heading = "How")]
+    pub max_seconds: Option<f64>,
+    /// Threads; all usable cores by default.
+    #[arg(long, value_name = "N", help_heading = "How")]
+    pub num_threads: Option<usize>,
+    /// Memory that a measurement may take, at most four fifths of what is available (4GiB, 500MB, bytes).
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "How")]
+    pub memory_limit: Option<Bytes>,
+}
+
+/// Types that kernels have.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub(crate) enum ProfileDTypeArg {
+    /// F32.
+    #[value(alias = "float", alias = "f32")]
+    Float32,
+    /// BF16.
+    #[value(alias = "bf16")]
+    Bfloat16,
+    /// F8 E4M3 with factors for blocks of 128.
+    #[value(alias = "fp8_block")]
+    Fp8,
 }
 
 #[derive(Args)]

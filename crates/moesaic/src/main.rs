@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         Command::Diff { a, b } => cmd::explain::diff(&a, &b),
         Command::Reproduce(args) => cmd::reproduce::run(&args),
         Command::Bench(args) => cmd::bench::run(&args),
+        Command::Profile(args) => cmd::profile::run(&args),
         Command::Doctor(args) => cmd::doctor::run(&args),
         Command::Completions { shell } => {
             cmd::completions(shell);

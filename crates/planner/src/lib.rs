@@ -44,6 +44,7 @@ pub mod network;
 pub mod papers;
 pub mod predict;
 pub mod price;
+pub mod profile;
 pub mod record;
 pub mod report;
 pub mod search;

@@ -1,0 +1,149 @@
+//! `moesaic profile` with the real binary, on the model inside it.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{moesaic, temp};
+
+/// A grid of seconds.
+const SMALL: [&str; 10] = [
+    "profile",
+    "--max-num-batched-tokens",
+    "4",
+    "--max-num-seqs",
+    "2",
+    "--max-model-len",
+    "64",
+    "--dtype",
+    "bfloat16",
+    "--op=gemm,moe,attn_decode,attn_prefill",
+];
+
+fn args<'a>(dir: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+    [&SMALL[..], &["--output", dir.to_str().unwrap()], more].concat()
+}
+
+/// Rows of a table, head and columns left out.
+fn rows(dir: &Path, op: &str) -> Vec<String> {
+    let text = fs::read_to_string(dir.join(format!("{op}.csv"))).unwrap_or_default();
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole.lines().filter(|line| !line.starts_with('#')).skip(1).map(str::to_owned).collect()
+}
+
+#[test]
+fn a_list_is_what_is_measured() {
+    let dir = temp();
+    let list = moesaic(&args(dir.path(), &["--list"])).ok();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "a list writes nothing");
+    let asked = |op: &str| list.lines().filter(|line| line.split(' ').next() == Some(op)).count();
+    let ran = moesaic(&args(dir.path(), &[]));
+    let stderr = ran.stderr.clone();
+    let summary = ran.ok();
+    for op in ["gemm", "moe", "attn_decode", "attn_prefill"] {
+        let rows = rows(dir.path(), op);
+        assert!(!rows.is_empty() && rows.len() == asked(op), "{op}: {rows:#?} of {list}");
+        assert!(summary.lines().any(|line| line.starts_with(op) && line.contains(" %")), "{op}: {summary}");
+        let time = |row: &String| row.rsplit(',').next().unwrap().parse::<f64>().unwrap();
+        assert!(rows.iter().all(|row| (1e-3..60e6).contains(&time(row))), "{rows:#?}");
+    }
+    assert!(stderr.contains(&format!("{} to measure, 0 of them are in", list.lines().count())), "{stderr}");
+    let text = fs::read_to_string(dir.path().join("gemm.csv")).unwrap();
+    for part in ["# command: moesaic profile", "# commit: ", "# machine: ", "# date: 20"] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    assert!(text.contains("\ndtype,m,n,k,kernel,framework,version,latency_us\n"), "{text}");
+
+    // All is there: nothing is left, and nothing changes.
+    assert_eq!(moesaic(&args(dir.path(), &["--list"])).ok(), "");
+    let again = moesaic(&args(dir.path(), &[]));
+    assert!(again.stderr.contains(&format!("{0} to measure, {0} of them", list.lines().count())), "{}", again.stderr);
+    again.ok();
+    assert_eq!(fs::read_to_string(dir.path().join("gemm.csv")).unwrap(), text);
+}
+
+#[test]
+fn a_killed_run_goes_on() {
+    let dir = temp();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moesaic"));
+    command.env("MOESAIC_NUM_THREADS", "2").args(args(dir.path(), &["--quiet"]));
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    while rows(dir.path(), "gemm").len() < 2 {
+        assert!(start.elapsed() < Duration::from_secs(120), "no rows came");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let before = rows(dir.path(), "gemm");
+    let path = dir.path().join("gemm.csv");
+    // As if the end had come in the middle of a row.
+    let cut = fs::read_to_string(&path).unwrap() + "bfloat16,2,19";
+    fs::write(&path, cut).unwrap();
+
+    moesaic(&args(dir.path(), &["--quiet"])).ok();
+    let after = rows(dir.path(), "gemm");
+    assert_eq!(after[..before.len()], before, "what was measured stays");
+    let key = |row: &String| row.rsplit_once(',').unwrap().0.to_owned();
+    let mut keys: Vec<String> = after.iter().map(key).collect();
+    assert!(keys.iter().all(|key| key.split(',').count() == 7), "{after:#?}");
+    keys.sort();
+    keys.dedup();
+    assert_eq!(keys.len(), after.len(), "nothing is measured twice");
+    assert_eq!(moesaic(&args(dir.path(), &["--list"])).ok(), "");
+}
+
+#[test]
+fn time_ends_a_run_and_memory_skips_rows() {
+    let dir = temp();
+    let ran = moesaic(&args(dir.path(), &["--max-seconds", "0"]));
+    assert!(ran.stderr.contains(" are left; the same command goes on"), "{}", ran.stderr);
+    ran.ok();
+    let ran = moesaic(&args(dir.path(), &["--memory-limit", "1KiB", "--op", "gemm"]));
+    assert!(ran.stderr.contains("skipped gemm dtype=bfloat16 m=1 "), "{}", ran.stderr);
+    assert!(ran.stderr.contains("of memory, and 1.00 KiB may be used"), "{}", ran.stderr);
+    ran.ok();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn links_are_measured_by_both_transports() {
+    let dir = temp();
+    let all =
+        ["profile", "--op", "send_receive,all_reduce", "--max-seconds", "1", "--output", dir.path().to_str().unwrap()];
+    let list = moesaic(&[&all[..], &["--list"]].concat()).ok();
+    assert_eq!(list.lines().count(), 2 * 3 * 17, "{list}");
+    moesaic(&all).ok();
+    let rows = rows(dir.path(), "send_receive");
+    assert!(rows.iter().any(|row| row.starts_with("2,1024,in_process,moesaic,")), "{rows:#?}");
+}
+
+#[test]
+fn files_of_others_are_refused_and_kept() {
+    let dir = temp();
+    let path = dir.path().join("gemm.csv");
+    let columns = "dtype,m,n,k,kernel,framework,version,latency_us\n";
+    for (text, part) in [
+        (format!("# machine: a Cray\n{columns}"), "gemm.csv: is of machine a Cray, this is "),
+        (columns.to_owned(), "`# machine: …` is missing"),
+        ("m,n,k\n1,2,3\n".to_owned(), "line 1 has the columns m,n,k"),
+    ] {
+        fs::write(&path, &text).unwrap();
+        moesaic(&args(dir.path(), &[])).refused(&[part]);
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    }
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    moesaic(&["profile", "--max-num-seqs", "0"]).refused(&["--max-num-seqs is 0; 1 to 65536 is right"]);
+    moesaic(&["profile", "--max-seconds=-1"]).refused(&["--max-seconds is -1"]);
+    moesaic(&["profile", "--expert-parallel-size", "1000"]).refused(&["--expert-parallel-size is 1000; the model's"]);
+    moesaic(&["profile", "--max-model-len", "9999999"]).refused(&["--max-model-len is 9999999; the model's own"]);
+    moesaic(&["profile", "no-such-model"]).refused(&["no-such-model"]);
+    let ran = moesaic(&["profile", "--op", "dance"]);
+    assert!(ran.code == Some(2) && ran.stderr.contains("attn_decode"), "{ran:?}");
+}
