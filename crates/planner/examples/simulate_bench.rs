@@ -11,40 +11,33 @@ use moesaic_planner::load::{ExpertLoad, LoadModel};
 use moesaic_planner::network::{Library, Network};
 use moesaic_planner::predict::Predictor;
 use moesaic_planner::serving::Requests;
-use moesaic_planner::simulate::{Arrival, Goals, Limits, Simulated, Simulation, Traffic, simulate};
-use moesaic_spec::{Arrival as Arrivals, TokenRange, Workload};
+use moesaic_planner::simulate::{Goals, Limits, Simulated, Simulation, simulate};
+use moesaic_spec::{Arrival, TokenRange, Workload};
 
 const INPUT: usize = 1024;
 const OUTPUT: usize = 128;
 const STEP_TOKENS: usize = 2048;
 
 /// Lengths around the mean by up to this share of it.
-fn traffic(users: usize, requests: usize, around: f64) -> Traffic {
+fn workload(users: usize, requests: usize, around: f64) -> Workload {
     let tokens = |mean: usize| {
         let off = (mean as f64 * around) as usize;
         TokenRange { min: mean - off, max: mean + off }
     };
     let (input_tokens, output_tokens) = (tokens(INPUT), tokens(OUTPUT));
-    let workload = Workload {
-        name: "bench".into(),
-        num_requests: requests,
-        input_tokens,
-        output_tokens,
-        seed: 1,
-        arrival: Arrivals::AtStart,
-        prefix_hit: 0.0,
-    };
-    Traffic { workload, arrival: Arrival::Closed(users), shared_prefix: 0.0 }
+    let arrival = Arrival::Closed { concurrency: users };
+    let name = "bench".into();
+    Workload { name, num_requests: requests, input_tokens, output_tokens, seed: 1, arrival, prefix_hit: 0.0 }
 }
 
-fn run(predictor: &mut Predictor, layout: &Layout, traffic: &Traffic) -> Simulated {
+fn run(predictor: &mut Predictor, layout: &Layout, workload: &Workload) -> Simulated {
     let limits = Limits {
         max_num_seqs: 1024,
         max_num_batched_tokens: STEP_TOKENS,
         block_size: 32,
         enable_chunked_prefill: true,
     };
-    let simulation = Simulation { layout, traffic, limits, goals: Goals::default(), stragglers: Some(1) };
+    let simulation = Simulation { layout, workload, limits, goals: Goals::default(), stragglers: Some(1) };
     simulate(predictor, &simulation).unwrap()
 }
 
@@ -74,11 +67,11 @@ fn main() {
         ("DP16 EP16", plan(1, 16, true)),
     ];
     for (name, layout) in &plans {
-        let traffic = traffic(64, 1000, 0.0);
-        let steps = run(&mut predictor, layout, &traffic).steps;
+        let workload = workload(64, 1000, 0.0);
+        let steps = run(&mut predictor, layout, &workload).steps;
         let (start, mut trials) = (Instant::now(), 0);
         while start.elapsed().as_secs_f64() < 1.0 {
-            run(&mut predictor, layout, &traffic);
+            run(&mut predictor, layout, &workload);
             trials += 1;
         }
         println!("{name:<13} {:>6.1} trials/s of {steps} steps", f64::from(trials) / start.elapsed().as_secs_f64());
@@ -87,7 +80,7 @@ fn main() {
     for users in [16, 64, 256, 1024] {
         for around in [0.0, 0.5] {
             for (name, layout) in &plans {
-                let simulated = run(&mut predictor, layout, &traffic(users, 16 * users, around)).steady.unwrap();
+                let simulated = run(&mut predictor, layout, &workload(users, 16 * users, around)).steady.unwrap();
                 let requests = Requests {
                     input: INPUT as f64,
                     output: OUTPUT as f64,

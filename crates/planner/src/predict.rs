@@ -1,14 +1,18 @@
 //! Everything that is said of a plan before it runs, each figure with its interval.
 
+use std::sync::Arc;
+
 use moesaic_plan::Collective;
-use moesaic_spec::{Bytes, Cluster};
+use moesaic_spec::{Bytes, Cluster, ModelSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::PlannerError;
-use crate::cost::Source;
+use crate::cost::{CostModel, Source, Stack};
 use crate::energy::{self, Energy};
 use crate::iteration::{Formats, Iteration, Iterations, Layout};
-use crate::memory::{Footprint, Memory};
+use crate::load::ExpertLoad;
+use crate::memory::{DEFAULT_UTILIZATION, Footprint, Memory};
+use crate::network::{Library, Network};
 use crate::serving::{self, Requests, Serving};
 
 /// Predicts plans of one model on one cluster.
@@ -22,6 +26,19 @@ pub struct Predictor<'a> {
     pub system_sd: (f64, f64),
 }
 
+/// Standard deviations of a whole system that nothing was measured of. Assumption: a tenth for the time per token, a fifth for
+/// the time to the first, which schedulers and hosts add to.
+const SYSTEM_SD: (f64, f64) = (0.1, 0.2);
+
+impl<'a> Predictor<'a> {
+    /// With the types of the model's own weights, and SGLang's kernels. Without `load`, all experts are loaded alike.
+    pub fn new(model: &'a ModelSpec, cluster: &'a Cluster, load: Option<Arc<ExpertLoad>>) -> Predictor<'a> {
+        let (costs, network) = (CostModel::new(&cluster.gpu, Stack::Sglang), Network::new(cluster, Library::Custom));
+        let iterations = Iterations::new(model, cluster, Formats::of(model), costs, network, load);
+        Predictor { iterations, utilization: DEFAULT_UTILIZATION, system_sd: SYSTEM_SD }
+    }
+}
+
 impl Predictor<'_> {
     /// What to expect of a layout that serves these requests.
     ///
@@ -29,11 +46,23 @@ impl Predictor<'_> {
     /// [`PlannerError::DoesNotFit`]: weights, activations and one request are more than a GPU holds; and the model cannot be
     /// spread like this.
     pub fn predict(&mut self, layout: &Layout, requests: &Requests) -> Result<Prediction, PlannerError> {
+        Ok(self.predict_serving(layout, requests)?.1)
+    }
+
+    /// The same, with the steady state that it follows from.
+    ///
+    /// # Errors
+    /// As of [`Predictor::predict`].
+    pub fn predict_serving(
+        &mut self,
+        layout: &Layout,
+        requests: &Requests,
+    ) -> Result<(Serving, Prediction), PlannerError> {
         let cluster = self.iterations.cluster();
         let footprint = self.iterations.footprint(layout, requests.step_tokens)?;
         let kv_tokens = self.room(layout, &footprint, requests.input + requests.output)?;
         let serving = serving::aggregated(&mut self.iterations, layout, requests, kv_tokens)?;
-        Ok(Prediction::new(&Basis {
+        let prediction = Prediction::new(&Basis {
             layout,
             cluster,
             formats: self.iterations.formats(),
@@ -41,7 +70,8 @@ impl Predictor<'_> {
             footprint: &footprint,
             serving: &serving,
             system_sd: self.system_sd,
-        }))
+        });
+        Ok((serving, prediction))
     }
 
     /// Tokens that the KV cache of a group holds, if at least one request, of so many tokens, fits.

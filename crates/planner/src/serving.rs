@@ -4,6 +4,7 @@
 //! get a token, and prompts of those who are next are read beside them, as the scheduler does it (continuous batching,
 //! chunked prefill). [`simulate`](crate::simulate) drives that scheduler itself; this is its mean.
 
+use moesaic_spec::{Arrival, TokenRange, Workload};
 use serde::{Deserialize, Serialize};
 
 use crate::PlannerError;
@@ -28,6 +29,26 @@ pub struct Requests {
 }
 
 impl Requests {
+    /// The mean request of a workload, with as many at a time as it has users, or as it has in all; `None` where that follows
+    /// from the plan, because requests come at a rate.
+    pub fn of(workload: &Workload, step_tokens: f64) -> Option<Requests> {
+        let mean = |range: TokenRange| (range.min + range.max) as f64 / 2.0;
+        let equal = |range: TokenRange| range.min == range.max;
+        let concurrency = match workload.arrival {
+            Arrival::AtStart => workload.num_requests,
+            Arrival::Closed { concurrency } => concurrency,
+            Arrival::Poisson { .. } => return None,
+        };
+        Some(Requests {
+            input: mean(workload.input_tokens),
+            output: mean(workload.output_tokens),
+            concurrency: concurrency as f64,
+            prefix_hit: workload.prefix_hit,
+            step_tokens,
+            common_rhythm: equal(workload.input_tokens) && equal(workload.output_tokens),
+        })
+    }
+
     /// Tokens of each prompt that are computed.
     fn computed(&self) -> f64 {
         (self.input * (1.0 - self.prefix_hit)).max(1.0)
@@ -150,8 +171,9 @@ fn settle(layout: &Layout, requests: &Requests, kv_tokens: f64, mut price: impl 
         let batch = requests.mixed(answered, chunk);
         let shortfall = shortfall + (batch.rows() - shortfall) * idle;
         let both = price(&Batch { shortfall, ..batch });
-        // Whoever is answered waits for the prompts of others, and not for its own.
-        let others = 1.0 - 1.0 / if together { slots } else { slots * groups };
+        // Whoever is answered waits for the prompts of others, and not for its own, nor for those that were read with it.
+        let own = if requests.common_rhythm { (room / tokens).clamp(1.0, slots) } else { 1.0 };
+        let others = 1.0 - own / if together { slots } else { slots * groups };
         let met = reading(needed * others).share;
         let mean = (1.0 - met) * plain.seconds + met * both.seconds;
         let answer = (output - 1.0) * mean;

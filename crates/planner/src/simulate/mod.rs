@@ -4,11 +4,11 @@
 //! costs, and its tokens are counted and not computed. So chunks of prompts, full caches, preemptions, hits of the prefix
 //! cache and groups that wait for each other come from the scheduler itself, and not from a model of it.
 
+mod asks;
 mod distribution;
 mod executor;
 mod record;
 mod result;
-mod traffic;
 mod trials;
 
 use moesaic_plan::PlanFile;
@@ -18,7 +18,6 @@ use moesaic_spec::{SplitMix64, Workload};
 
 pub use distribution::Distribution;
 pub use result::{Goals, Goodput, Moment, Simulated, Steady};
-pub use traffic::{Arrival, Traffic};
 pub use trials::{Trials, trials};
 
 use crate::PlannerError;
@@ -62,7 +61,7 @@ pub struct Simulation<'a> {
     /// How the model is spread.
     pub layout: &'a Layout,
     /// Which requests come, and when.
-    pub traffic: &'a Traffic,
+    pub workload: &'a Workload,
     /// Limits of the schedulers.
     pub limits: Limits,
     /// What users want.
@@ -89,9 +88,9 @@ pub fn simulate_watched(
     simulation: &Simulation,
     mut watch: impl FnMut(&[DrivenStep]),
 ) -> Result<Simulated, PlannerError> {
-    let Simulation { layout, traffic, limits, .. } = *simulation;
+    let Simulation { layout, workload, limits, .. } = *simulation;
     let footprint = predictor.iterations.footprint(layout, limits.max_num_batched_tokens as f64)?;
-    let longest = traffic.workload.longest();
+    let longest = workload.longest();
     let kv_tokens = predictor.room(layout, &footprint, longest as f64)?;
     let schedulers = schedulers(simulation, longest, kv_tokens)?;
     let mut run = Run::new(simulation, &mut predictor.iterations, schedulers, kv_tokens);
@@ -101,8 +100,8 @@ pub fn simulate_watched(
 }
 
 fn schedulers(simulation: &Simulation, longest: usize, kv_tokens: f64) -> Result<Vec<Scheduler>, PlannerError> {
-    let Simulation { layout, traffic, limits, .. } = simulation;
-    let enable_prefix_caching = traffic.shared_prefix > 0.0;
+    let Simulation { layout, workload, limits, .. } = simulation;
+    let enable_prefix_caching = workload.prefix_hit > 0.0;
     let mut num_blocks = (kv_tokens / limits.block_size as f64).min(f64::from(u32::MAX)) as usize;
     if !enable_prefix_caching {
         // More than all that may run can never be used.
@@ -114,7 +113,7 @@ fn schedulers(simulation: &Simulation, longest: usize, kv_tokens: f64) -> Result
         max_model_len: longest,
         block_size: limits.block_size,
         num_blocks,
-        max_num_waiting: traffic.workload.num_requests,
+        max_num_waiting: workload.num_requests,
         enable_prefix_caching,
         enable_chunked_prefill: limits.enable_chunked_prefill,
     };
@@ -124,7 +123,7 @@ fn schedulers(simulation: &Simulation, longest: usize, kv_tokens: f64) -> Result
 /// A simulation on its way.
 struct Run<'p, 'm> {
     shared_prefix: f64,
-    asks: Vec<traffic::Ask>,
+    asks: Vec<asks::Ask>,
     /// Requests that have come.
     asked: usize,
     /// Requests of which it is known when they come.
@@ -144,11 +143,11 @@ impl<'p, 'm> Run<'p, 'm> {
         schedulers: Vec<Scheduler>,
         kv_tokens: f64,
     ) -> Run<'p, 'm> {
-        let asks = simulation.traffic.asks();
-        let record = Record::new(asks.len(), simulation.traffic.arrival);
+        let asks = asks::asks(simulation.workload);
+        let record = Record::new(asks.len(), simulation.workload.arrival);
         let (layout, stragglers) = (simulation.layout, simulation.stragglers.map(SplitMix64));
         Run {
-            shared_prefix: simulation.traffic.shared_prefix,
+            shared_prefix: simulation.workload.prefix_hit,
             timed: asks.iter().filter(|ask| ask.at.is_some()).count(),
             asks,
             asked: 0,

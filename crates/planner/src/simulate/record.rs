@@ -1,10 +1,10 @@
 //! What is written down while a simulation runs.
 
 use moesaic_sched::SchedStats;
+use moesaic_spec::Arrival;
 
 use super::executor::Clock;
 use super::result::Moment;
-use super::traffic::Arrival;
 
 /// When a request came, and its tokens.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,10 +44,10 @@ impl Record {
             tokens: 0,
             finished: 0,
             warm: match arrival {
-                Arrival::AtOnce => None,
-                Arrival::Poisson(_) => Some(requests / 10),
+                Arrival::AtStart => None,
+                Arrival::Poisson { .. } => Some(requests / 10),
                 // All users came together; after two rounds they have drifted apart.
-                Arrival::Closed(users) => Some(2 * users),
+                Arrival::Closed { concurrency } => Some(2 * concurrency),
             },
             steady: [None; 2],
         }

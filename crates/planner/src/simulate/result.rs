@@ -3,10 +3,10 @@
 use moesaic_sched::{SchedStats, Scheduler};
 use serde::{Deserialize, Serialize};
 
+use super::Simulation;
 use super::distribution::Distribution;
 use super::executor::{CLASSES, Clock};
 use super::record::{Record, Request};
-use super::{Arrival, Simulation};
 use crate::iteration::{Cost, Iterations};
 use crate::metrics::share;
 use crate::predict::CommunicationShare;
@@ -84,8 +84,6 @@ pub struct Steady {
 pub struct Simulated {
     /// GPUs.
     pub gpus: usize,
-    /// When requests came.
-    pub arrival: Arrival,
     /// Requests.
     pub requests: usize,
     /// Tokens of prompts, those that the prefix cache had included.
@@ -190,9 +188,8 @@ pub(super) fn sum_up(
     let gpu = &iterations.cluster().gpu;
     Simulated {
         gpus,
-        arrival: simulation.traffic.arrival,
         requests: requests.len(),
-        prompt_tokens: simulation.traffic.workload.lengths().map(|(input, _)| input as u64).sum(),
+        prompt_tokens: simulation.workload.lengths().map(|(input, _)| input as u64).sum(),
         tokens: record.tokens,
         seconds: clock.now,
         steps: clock.steps,

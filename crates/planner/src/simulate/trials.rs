@@ -1,9 +1,9 @@
-//! The same traffic with other seeds.
+//! The same workload with other seeds.
 
 use moesaic_spec::Workload;
 use serde::{Deserialize, Serialize};
 
-use super::{Simulated, Simulation, Traffic, simulate};
+use super::{Simulated, Simulation, simulate};
 use crate::PlannerError;
 use crate::predict::{Estimate, Predictor};
 
@@ -37,11 +37,10 @@ pub fn trials(
     let first = simulate(predictor, simulation)?;
     let mut all = vec![first];
     for trial in 1..trials.max(1) as u64 {
-        let workload = &simulation.traffic.workload;
-        let workload = Workload { seed: workload.seed.wrapping_add(trial), ..workload.clone() };
-        let traffic = Traffic { workload, ..simulation.traffic.clone() };
+        let seed = simulation.workload.seed.wrapping_add(trial);
+        let workload = Workload { seed, ..simulation.workload.clone() };
         let stragglers = simulation.stragglers.map(|seed| seed.wrapping_add(trial));
-        all.push(simulate(predictor, &Simulation { traffic: &traffic, stragglers, ..*simulation })?);
+        all.push(simulate(predictor, &Simulation { workload: &workload, stragglers, ..*simulation })?);
     }
     let (tpot_sd, ttft_sd) = predictor.system_sd;
     let of = |system_sd: f64, of: &dyn Fn(&Simulated) -> f64| {
