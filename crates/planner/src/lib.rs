@@ -48,6 +48,7 @@ pub mod search;
 pub mod serving;
 pub mod simulate;
 pub mod trace;
+pub mod whatif;
 
 pub use clock::{ClockSettings, StepInput, StepTimes, VirtualClock};
 pub use cost::{LinkPrice, Roofline};

@@ -35,12 +35,16 @@ pub(crate) fn render(comparison: &Comparison) -> String {
 
 /// A page that needs nothing else.
 pub(crate) fn page(title: &str, body: &str) -> String {
+    head(title) + body + "</main>\n</body>\n</html>\n"
+}
+
+/// A page up to where its content begins.
+pub(super) fn head(title: &str) -> String {
     let title = escape(title);
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n<style>\n{}</style>\n</head>\n<body>\n<main>\n\
-         {body}</main>\n</body>\n</html>\n",
+         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n<style>\n{}</style>\n</head>\n<body>\n<main>\n",
         include_str!("style.css")
     )
 }

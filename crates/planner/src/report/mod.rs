@@ -1,11 +1,12 @@
 //! Strategies side by side: as data, JSON, Markdown, text for a terminal, and one HTML page that needs nothing else.
 
 mod facts;
-mod format;
+pub(crate) mod format;
 mod html;
 mod markdown;
 pub mod planning;
 mod plots;
+mod simulation;
 mod tables;
 mod text;
 mod timeline;
@@ -13,6 +14,7 @@ mod timeline;
 use serde::{Deserialize, Serialize};
 
 pub use facts::{ClusterFacts, ModelFacts, WorkloadFacts};
+pub use simulation::{SimulationReport, workload_line};
 pub use timeline::{Activity, Timeline, TimelineRow, TimelineSpan};
 
 use crate::PlannerError;

@@ -41,6 +41,31 @@ pub(crate) fn bar(segments: &[Segment]) -> String {
     svg + "</svg>"
 }
 
+/// A line in a frame.
+pub(crate) struct Line {
+    /// Class of its colour.
+    pub(crate) class: &'static str,
+    /// Ascending x with y, shares of the frame; y counts from below.
+    pub(crate) points: Vec<(f64, f64)>,
+}
+
+/// Lines over a track.
+pub(crate) fn lines(lines: &[Line], label: &str) -> String {
+    let mut svg = format!(
+        "<svg class=\"lines\" viewBox=\"0 0 1000 100\" preserveAspectRatio=\"none\" role=\"img\" aria-label=\"{}\">\
+         <rect class=\"track\" width=\"1000\" height=\"100\"/>",
+        escape(label)
+    );
+    for Line { class, points } in lines {
+        let mut path = String::new();
+        for (idx, (x, y)) in points.iter().enumerate() {
+            let _ = write!(path, "{}{:.1} {:.2}", if idx == 0 { 'M' } else { 'L' }, 1000.0 * x, 100.0 * (1.0 - y));
+        }
+        let _ = write!(svg, "<path class=\"line {class}\" d=\"{path}\"/>");
+    }
+    svg + "</svg>"
+}
+
 /// A point of a scatter plot.
 pub(crate) struct Dot {
     pub(crate) x: f64,

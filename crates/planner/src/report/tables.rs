@@ -44,7 +44,7 @@ impl Table {
 }
 
 impl Row {
-    fn new(name: impl Into<String>, cells: impl IntoIterator<Item = String>) -> Row {
+    pub(super) fn new(name: impl Into<String>, cells: impl IntoIterator<Item = String>) -> Row {
         Row { name: name.into(), cells: cells.into_iter().collect(), best: None }
     }
 }

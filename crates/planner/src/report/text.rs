@@ -55,7 +55,7 @@ fn shorten(text: &str, width: usize) -> String {
     text.chars().take(width - 1).chain(['…']).collect()
 }
 
-fn wrap(text: &str, first: &str, others: &str) -> String {
+pub(super) fn wrap(text: &str, first: &str, others: &str) -> String {
     let (mut lines, mut line, mut empty) = (String::new(), first.to_owned(), true);
     for word in text.split_whitespace() {
         if !empty && line.chars().count() + 1 + word.chars().count() > COLUMNS {
