@@ -33,8 +33,10 @@ pub(crate) enum Command {
     Init(InitArgs),
     /// Run a model under several plans on local ranks, and set them side by side.
     Compare(CompareArgs),
-    /// Say what a plan does: who owns what, what crosses which links, what waits for what.
+    /// Say what a plan does, what binds it and what would help: who owns what, what crosses which links, what waits for what.
     Explain(ExplainArgs),
+    /// Run the scheduler on a virtual clock: latencies, goodput and use of the cache under a plan.
+    Simulate(SimulateArgs),
     /// Say in which fields two plan files differ.
     Diff {
         /// A plan file.
@@ -165,6 +167,62 @@ pub(crate) struct ExplainArgs {
     /// Print the schedules of these ranks, too.
     #[arg(long, value_name = "RANKS", value_delimiter = ',')]
     pub schedule: Vec<u32>,
+    #[command(flatten)]
+    pub predict: PredictArgs,
+}
+
+/// What a plan is predicted for.
+#[derive(Args)]
+pub(crate) struct PredictArgs {
+    /// Cluster: a preset or a file [default: what the plan names].
+    #[arg(long, value_name = "CLUSTER", help_heading = "Prediction")]
+    pub cluster: Option<String>,
+    /// Requests: a preset or a file [default: what the plan names].
+    #[arg(long, value_name = "WORKLOAD", help_heading = "Prediction")]
+    pub workload: Option<String>,
+    /// So many users, each of whom asks again when answered, instead of the workload's arrivals.
+    #[arg(long, value_name = "N", help_heading = "Prediction")]
+    pub concurrency: Option<usize>,
+    /// Load of the experts: uniform, zipf:S, power-law:A, or the file of a routing trace that compare wrote.
+    #[arg(long, value_name = "ROUTING", default_value = "uniform", help_heading = "Prediction")]
+    pub routing: String,
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic simulate moesaic-compare/plans/ep16.yaml\n  \
+    moesaic simulate plan.yaml --workload chat --concurrency 256 --goodput ttft:1s,tpot:30ms\n  \
+    moesaic simulate plan.yaml --rate 20 --requests 2000 --routing zipf:0.6 --trials 10 --output sim")]
+pub(crate) struct SimulateArgs {
+    /// A plan file.
+    #[arg(value_name = "PLAN")]
+    pub plan: PathBuf,
+    /// The model, where it is not the one that the plan names: preset, model folder or config.json.
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub predict: PredictArgs,
+    /// So many requests a second at random moments, instead of the workload's arrivals.
+    #[arg(long, value_name = "R", conflicts_with = "concurrency", help_heading = "Requests")]
+    pub rate: Option<f64>,
+    /// So many requests, instead of the workload's number.
+    #[arg(long, value_name = "N", help_heading = "Requests")]
+    pub requests: Option<usize>,
+    /// What users want, as in ttft:1s,tpot:30ms,e2e:20s: goodput counts the requests that meet all of it.
+    #[arg(long, value_name = "GOALS", help_heading = "Requests")]
+    pub goodput: Option<String>,
+    /// Same seed, same simulation [default: the workload's].
+    #[arg(long, value_name = "S", help_heading = "Requests")]
+    pub seed: Option<u64>,
+    /// So many seeds, the first the one above, for intervals.
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Requests")]
+    pub trials: usize,
+    /// Write all figures as JSON ("-" is standard output, instead of the text).
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub json: Option<PathBuf>,
+    /// Folder for an HTML page with plots.
+    #[arg(short, long, value_name = "DIR", help_heading = "Output")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, ValueEnum)]

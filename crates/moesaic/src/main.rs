@@ -4,6 +4,7 @@ mod args;
 mod cmd;
 mod folder;
 mod plans;
+mod predicted;
 mod progress;
 
 use std::process::ExitCode;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         Command::Init(args) => cmd::init::run(&args),
         Command::Compare(args) => cmd::compare::run(&args),
         Command::Explain(args) => cmd::explain::run(&args),
+        Command::Simulate(args) => cmd::simulate::run(&args),
         Command::Diff { a, b } => cmd::explain::diff(&a, &b),
         Command::Reproduce(args) => cmd::reproduce::run(&args),
         Command::Bench(args) => cmd::bench::run(&args),

@@ -113,7 +113,8 @@ fn is_file(name: &str) -> bool {
     name.ends_with(".yaml") || name.ends_with(".yml") || name.contains('/')
 }
 
-fn text(path: &Path) -> Result<String> {
+/// A file of the size that descriptions have.
+pub(crate) fn text(path: &Path) -> Result<String> {
     let metadata = fs::metadata(path).with_context(|| path.display().to_string())?;
     ensure!(!metadata.is_dir(), "{}: is a folder; a YAML file is right", path.display());
     ensure!(

@@ -31,7 +31,7 @@ pub struct Predictor<'a> {
 const SYSTEM_SD: (f64, f64) = (0.1, 0.2);
 
 impl<'a> Predictor<'a> {
-    /// With the types of the model's own weights. Without `load`, all experts are loaded alike.
+    /// With the types of the model's own weights, and the kernels of [`Stack::default`]. Without `load`, all experts are loaded alike.
     pub fn new(model: &'a ModelSpec, cluster: &'a Cluster, load: Option<Arc<ExpertLoad>>) -> Predictor<'a> {
         let (costs, network) = (CostModel::new(&cluster.gpu, Stack::default()), Network::new(cluster, Library::Custom));
         let iterations = Iterations::new(model, cluster, Formats::of(model), costs, network, load);

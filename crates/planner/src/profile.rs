@@ -239,7 +239,7 @@ impl Wanted {
             Wanted::Compute(Op::MlaPrefill { seqs, context, heads, latent, rope, kv, .. }) => {
                 ("mla_prefill", mla_columns(seqs, ("seq", context), [heads, latent, rope], kv))
             }
-            Wanted::Compute(op @ Op::Stream { .. }) => panic!("{op:?} has no table"),
+            Wanted::Compute(op @ (Op::Stream { .. } | Op::ExpertsDeepEp { .. })) => panic!("{op:?} has no table"),
             Wanted::Link(Link { kind, ranks, bytes }) => {
                 let table = match kind {
                     LinkKind::SendReceive => "send_receive",

@@ -11,6 +11,7 @@ pub(crate) mod inspect;
 pub(crate) mod profile;
 pub(crate) mod rank;
 pub(crate) mod reproduce;
+pub(crate) mod simulate;
 
 use clap::CommandFactory;
 use clap_complete::{Shell, generate as write_completions};

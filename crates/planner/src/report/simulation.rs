@@ -80,23 +80,23 @@ impl SimulationReport {
 
     /// As a page.
     pub fn html(&self) -> String {
-        let mut page = html::head(&self.title());
+        let mut body = String::new();
         let _ = write!(
-            page,
+            body,
             "<header>\n<p class=\"eyebrow\">moesaic simulate</p>\n<h1>{}</h1>\n<dl>",
             escape(&self.title())
         );
         for (name, line) in self.lines() {
-            let _ = write!(page, "<dt>{name}</dt><dd>{}</dd>", escape(&line));
+            let _ = write!(body, "<dt>{name}</dt><dd>{}</dd>", escape(&line));
         }
-        let _ = write!(page, "</dl>\n<p class=\"callout\">{}</p>\n</header>\n", escape(ABOUT));
-        page += &self.tiles();
+        let _ = write!(body, "</dl>\n<p class=\"callout\">{}</p>\n</header>\n", escape(ABOUT));
+        body += &self.tiles();
         let plots = [(LATENCY, self.latency_plots()), (SERVER, self.timelines())];
         for (idx, table) in self.tables().iter().enumerate() {
             let plots = plots.iter().find(|(title, _)| *title == table.title).map_or("", |(_, plots)| plots);
-            page += &html::section(&format!("s{idx}"), table, plots);
+            body += &html::section(&format!("s{idx}"), table, plots);
         }
-        page + "</main>\n</body>\n</html>\n"
+        html::page(&self.title(), &body)
     }
 
     fn title(&self) -> String {

@@ -4,14 +4,19 @@ use std::fmt;
 
 use super::{Bound, Change, Explained};
 use crate::predict::Estimate;
-use crate::report::format::{number, percent, seconds};
+use crate::report::format::{integer, number, percent, seconds};
 
 impl fmt::Display for Explained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let prediction = &self.prediction;
         let time = |estimate: Estimate| interval(estimate, seconds);
         let rate = |estimate: Estimate| interval(estimate, number);
-        writeln!(f, "predicted for {} users at a time, on {} GPUs", number(prediction.concurrency), prediction.gpus)?;
+        writeln!(
+            f,
+            "predicted for {} users at a time, on {} GPUs",
+            integer(prediction.concurrency.round() as u64),
+            prediction.gpus
+        )?;
         writeln!(f, "  time to first token       {}", time(prediction.ttft_s))?;
         writeln!(f, "  time per output token     {}", time(prediction.tpot_s))?;
         writeln!(f, "  tokens/s of one user      {}", rate(prediction.tokens_per_s_user))?;
