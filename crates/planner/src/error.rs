@@ -118,7 +118,7 @@ pub enum PlannerError {
         actions: usize,
     },
     /// A table of measurements that cannot be used.
-    #[error("{file}, line {line}, column {column}: {why}")]
+    #[error("{file}, line {line}{}: {why}", if column.is_empty() { String::new() } else { format!(", column {column}") })]
     Table {
         /// Which table.
         file: String,
@@ -127,6 +127,18 @@ pub enum PlannerError {
         /// Column; empty if the whole line is wrong.
         column: String,
         /// What is wrong.
+        why: String,
+    },
+    /// All rows of a file were passed over.
+    #[error("{file}: none of its {rows} rows can be predicted; the first, line {line}: {why}")]
+    NothingToValidate {
+        /// Which file.
+        file: String,
+        /// Its rows.
+        rows: usize,
+        /// Line of the first, from 1.
+        line: usize,
+        /// Why it was passed over.
         why: String,
     },
     /// A parameter that no op can have.

@@ -31,6 +31,7 @@
 //! assert!((roofline.seconds(&linear) - 11e-6).abs() < 1e-12);
 //! ```
 
+pub mod calibration;
 pub mod clock;
 pub mod cost;
 pub mod energy;
@@ -46,6 +47,7 @@ pub mod record;
 pub mod report;
 pub mod serving;
 pub mod trace;
+pub mod validate;
 
 pub use clock::{ClockSettings, StepInput, StepTimes, VirtualClock};
 pub use cost::{LinkPrice, Roofline};

@@ -17,7 +17,7 @@ pub fn bound(gpu: &Gpu, op: &Op) -> f64 {
 }
 
 /// The same when all tokens of a rank may have gone to one expert: how experts were chosen is not in a table.
-pub(super) fn luckiest(gpu: &Gpu, op: &Op) -> f64 {
+pub fn luckiest(gpu: &Gpu, op: &Op) -> f64 {
     let bytes = op.expert_part().map_or(op.bytes(), |part| part.weights_of_one * op.precision().bytes());
     (op.flops() / op.precision().peak(gpu)).max(bytes / gpu.memory_bandwidth)
 }

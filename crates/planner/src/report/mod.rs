@@ -1,7 +1,7 @@
 //! Strategies side by side: as data, JSON, Markdown, text for a terminal, and one HTML page that needs nothing else.
 
 mod facts;
-mod format;
+pub(crate) mod format;
 mod html;
 mod markdown;
 mod plots;

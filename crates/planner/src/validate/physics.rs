@@ -1,0 +1,307 @@
+//! What physics alone says of a served row: the row as a layout and requests, and their closed-form steady state.
+
+use std::collections::HashMap;
+
+use moesaic_plan::plan::{ExchangePrecision, Overlap};
+use moesaic_spec::{Cluster, HubModel, LinkClass, ModelSpec, cluster_preset, preset_by_hub_name};
+use serde::Serialize;
+
+use super::served::{Deployment, Served, Worker};
+use crate::PlannerError;
+use crate::cost::{CostModel, Precision, Stack};
+use crate::iteration::{Batch, ExpertLayout, Formats, Iterations, Layout};
+use crate::memory::DEFAULT_UTILIZATION;
+use crate::network::{Library, Network};
+use crate::serving::{self, Pool, Requests};
+
+/// Systems by the names that files have, and the clusters that they are.
+const SYSTEMS: [(&str, &str); 3] = [("h100_sxm", "dgx-h100"), ("h200_sxm", "hgx-h200"), ("h800_sxm", "hgx-h800")];
+
+/// Tokens of one step at most: what the backends take when nobody says otherwise.
+const STEP_TOKENS: f64 = 8192.0;
+
+/// A row that can be predicted.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// What was measured.
+    pub row: Served,
+    /// The program.
+    pub stack: Stack,
+    /// Parameters of the model: those that one token meets, and all.
+    pub params: (f64, f64),
+    /// Types of weights and cache.
+    pub formats: Formats,
+    /// What physics says.
+    pub physics: Physics,
+}
+
+/// What physics says of a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Physics {
+    /// Time to first token, seconds.
+    pub ttft: f64,
+    /// Time per output token, seconds.
+    pub tpot: f64,
+    /// One iteration that only answers, seconds.
+    pub decode: f64,
+    /// All iterations that read one prompt alone, seconds.
+    pub prefill: f64,
+    /// What the mean request waits more where all of a group ask at once, seconds.
+    pub burst: f64,
+    /// The part of `ttft` until the KV cache has room, seconds.
+    pub crowd: f64,
+    /// Requests that the KV cache holds, over those that are asked for; at most 1.
+    pub fitting: f64,
+}
+
+/// Why a row is passed over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Skipped {
+    /// Line of its file.
+    pub line: usize,
+    /// In words.
+    pub why: String,
+}
+
+/// A row's names, resolved.
+struct Resolved {
+    stack: Stack,
+    hub: HubModel,
+    formats: Formats,
+    cluster: &'static str,
+    gpus: usize,
+}
+
+/// Asks physics about each row.
+///
+/// # Errors
+/// In the place of a row: why it is passed over (a model, system, backend or type that nobody knows, or a model that cannot be
+/// spread like this).
+pub fn cases(rows: &[Served]) -> Vec<Result<Case, Skipped>> {
+    let resolved: Vec<Result<Resolved, String>> = rows.iter().map(Resolved::of).collect();
+    let mut models: HashMap<&str, ModelSpec> = HashMap::new();
+    let mut clusters: HashMap<(&str, usize), Cluster> = HashMap::new();
+    for found in resolved.iter().flatten() {
+        let (name, gpus) = (found.cluster, found.gpus);
+        models.entry(found.hub.preset.name).or_insert_with(|| found.hub.spec().expect("presets are tested"));
+        let grown = || cluster_preset(name).and_then(|cluster| cluster.with_gpus(gpus)).expect("a preset, grown");
+        clusters.entry((name, gpus)).or_insert_with(grown);
+    }
+    let mut all: HashMap<(Stack, &str, Formats, &str, usize), Iterations> = HashMap::new();
+    let ask = |(row, found): (&Served, Result<Resolved, String>)| {
+        let Resolved { stack, hub, formats, cluster, gpus } = found?;
+        let preset = hub.preset.name;
+        let iterations = all.entry((stack, preset, formats, cluster, gpus)).or_insert_with(|| {
+            let cluster = &clusters[&(cluster, gpus)];
+            let network = Network::new(cluster, Library::Custom);
+            Iterations::new(&models[preset], cluster, formats, CostModel::new(&cluster.gpu, stack), network, None)
+        });
+        let physics = of_row(iterations, row).map_err(|error| error.to_string())?;
+        let counts = models[preset].counts();
+        let params = (counts.params_active as f64, counts.params_total as f64);
+        Ok(Case { row: row.clone(), stack, params, formats, physics })
+    };
+    let with_line =
+        |(row, result): (&Served, Result<Case, String>)| result.map_err(|why| Skipped { line: row.line, why });
+    let answers: Vec<_> = rows.iter().zip(resolved).map(ask).collect();
+    rows.iter().zip(answers).map(with_line).collect()
+}
+
+impl Resolved {
+    fn of(row: &Served) -> Result<Resolved, String> {
+        let serves = |stack: &Stack| matches!(stack, Stack::Trtllm | Stack::Vllm | Stack::Sglang);
+        let stack = Stack::of(&row.backend).filter(serves);
+        let stack = stack.ok_or_else(|| format!("backend {:?} is not known; trtllm, vllm, sglang are", row.backend))?;
+        let system = SYSTEMS.iter().find(|(name, _)| *name == row.system);
+        let (_, cluster) = system.ok_or_else(|| {
+            format!("system {:?} is not known; {} are", row.system, SYSTEMS.map(|(name, _)| name).join(", "))
+        })?;
+        let hub = preset_by_hub_name(&row.model).map_err(|error| error.to_string())?;
+        let own = Formats::of(&hub.spec().map_err(|error| error.to_string())?);
+        let dense = match weights(&row.dense)? {
+            // Four bits are for experts where there are any.
+            Some(Precision::F4 | Precision::Int4) | None => own.dense,
+            Some(said) => said,
+        };
+        let experts = weights(&row.experts)?.unwrap_or(own.experts);
+        let ranks = match row.deployment {
+            Deployment::Aggregated(worker) => worker.ranks(),
+            Deployment::Disaggregated { prefill, decode, .. } => prefill.ranks().max(decode.ranks()),
+        };
+        let gpus = ranks.next_multiple_of(8);
+        if gpus > 1024 {
+            return Err(format!("a worker of {ranks} GPUs; up to 1,024 are right"));
+        }
+        Ok(Resolved { stack, hub, formats: Formats { dense, experts, ..own }, cluster, gpus })
+    }
+}
+
+/// The type that a row names; `None` where it leaves it to the model.
+fn weights(name: &str) -> Result<Option<Precision>, String> {
+    Ok(Some(match name {
+        "" => return Ok(None),
+        "float16" | "bfloat16" | "bf16" | "fp16" => Precision::Bf16,
+        "fp8" | "fp8_static" => Precision::Fp8,
+        "fp8_block" => Precision::Fp8Block,
+        "nvfp4" | "mxfp4" | "w4a16_mxfp4" | "fp4" => Precision::F4,
+        "int4_wo" | "int4" | "w4afp8" => Precision::Int4,
+        _ => {
+            return Err(format!(
+                "type of weights {name:?} is not known; bfloat16, fp8, fp8_block, nvfp4, mxfp4, int4_wo are"
+            ));
+        }
+    }))
+}
+
+/// How one worker spreads the model. With one attention group, backends sum the answers of whole experts instead of sending
+/// rows.
+fn layout(worker: Worker, model: &ModelSpec, gpus_per_node: usize) -> Layout {
+    let Worker { tp, pp, dp, ep } = worker;
+    let experts = match (model.num_moe_layers() > 0, dp) {
+        (true, 1) if ep > 1 => ExpertLayout::Summed { ep: ep.min(tp) },
+        (true, 2..) => ExpertLayout::Placed { ep: tp * dp },
+        _ => ExpertLayout::Cut,
+    };
+    // Over several nodes, exchange is hidden behind the other half of the batch: DeepSeek's own system, SGLang's two-batch overlap.
+    let halves = experts.exchanges() && worker.ranks() > gpus_per_node;
+    Layout {
+        tp,
+        pp,
+        dp,
+        experts,
+        micro_batches: if halves { 2 } else { pp },
+        overlap: if halves { Overlap::MicroBatches } else { Overlap::None },
+        precision: ExchangePrecision::Full,
+        ..Layout::single(gpus_per_node)
+    }
+}
+
+/// Which ranks serve.
+#[derive(Clone, Copy, Debug)]
+pub enum Spread<'l> {
+    /// The same ranks read and answer.
+    Aggregated(&'l Layout),
+    /// Some read, some answer.
+    Disaggregated {
+        /// They read.
+        prefill: Pool<'l>,
+        /// They answer.
+        decode: Pool<'l>,
+    },
+}
+
+impl Physics {
+    /// Of requests that are served like this.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn of(iterations: &mut Iterations, spread: Spread, requests: &Requests) -> Result<Physics, PlannerError> {
+        let cluster = iterations.cluster();
+        let tokens = requests.input + requests.output;
+        let (reads, answers) = match spread {
+            Spread::Aggregated(layout) => (layout, layout),
+            Spread::Disaggregated { prefill, decode } => (prefill.layout, decode.layout),
+        };
+        let footprint = iterations.footprint(answers, requests.step_tokens)?;
+        let budget = cluster.gpu.memory.0 as f64 * DEFAULT_UTILIZATION;
+        // Who was measured did serve, so at least one request fits.
+        let room = footprint.kv_tokens(budget).unwrap_or(tokens).max(tokens);
+        let chunk = requests.input.min(requests.step_tokens);
+        let steps = (requests.input / chunk).ceil();
+        let prefill_s = iterations.price(reads, &Batch::prefill(1.0, chunk))?.seconds * steps;
+        let (serving, crowd, readers, answerers) = match spread {
+            Spread::Aggregated(layout) => {
+                let serving = serving::aggregated(iterations, layout, requests, room)?;
+                let waiting = (requests.concurrency / serving.running - 1.0).max(0.0);
+                let groups = layout.dp as f64;
+                (serving, waiting * requests.output * serving.tpot, groups, groups)
+            }
+            Spread::Disaggregated { prefill, decode } => {
+                let bytes = footprint.kv_bytes_per_token * requests.input;
+                let link = cluster.link(LinkClass::InterNode);
+                let transfer = link.latency_s + bytes / link.bandwidth_per_gpu;
+                let serving = serving::disaggregated(iterations, prefill, decode, requests, transfer)?;
+                let groups = |pool: Pool| pool.workers * pool.layout.dp as f64;
+                (serving, 0.0, groups(prefill), groups(decode))
+            }
+        };
+        Ok(Physics {
+            ttft: serving.ttft,
+            crowd,
+            tpot: serving.tpot,
+            decode: serving.decode.seconds,
+            prefill: prefill_s,
+            burst: prefill_s * requests.concurrency / readers / 2.0,
+            fitting: (room / tokens * answerers / requests.concurrency).min(1.0),
+        })
+    }
+}
+
+fn of_row(iterations: &mut Iterations, row: &Served) -> Result<Physics, PlannerError> {
+    let requests = Requests {
+        input: row.input,
+        output: row.output,
+        concurrency: row.concurrency,
+        prefix_hit: 0.0,
+        step_tokens: STEP_TOKENS,
+    };
+    let (cluster, model) = (iterations.cluster(), iterations.model());
+    let layout = |worker| layout(worker, model, cluster.gpus_per_node);
+    match row.deployment {
+        Deployment::Aggregated(worker) => Physics::of(iterations, Spread::Aggregated(&layout(worker)), &requests),
+        Deployment::Disaggregated { prefill, decode, workers } => {
+            let (of_prefill, of_decode) = workers.unwrap_or((1, 1));
+            let (reads, answers) = (layout(prefill), layout(decode));
+            let prefill = Pool { layout: &reads, workers: of_prefill as f64 };
+            let decode = Pool { layout: &answers, workers: of_decode as f64 };
+            Physics::of(iterations, Spread::Disaggregated { prefill, decode }, &requests)
+        }
+    }
+}
+
+impl Case {
+    /// A plan that was never measured, as what the calibration asks: ranks that read and answer, on a stack.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn of_plan(
+        iterations: &mut Iterations,
+        stack: Stack,
+        layout: &Layout,
+        requests: &Requests,
+    ) -> Result<Case, PlannerError> {
+        let counts = iterations.model().counts();
+        let cluster = &iterations.cluster().name;
+        let system = SYSTEMS.iter().find(|(_, name)| cluster.starts_with(name)).map_or("", |(system, _)| system);
+        let worker = Worker { tp: layout.tp, pp: layout.pp, dp: layout.dp, ep: layout.expert_ranks() };
+        let backend = match stack {
+            Stack::Trtllm => "trtllm",
+            Stack::Vllm => "vllm",
+            Stack::Sglang => "sglang",
+            _ => "",
+        };
+        Ok(Case {
+            row: Served {
+                line: 0,
+                id: String::new(),
+                source: String::new(),
+                backend: backend.to_owned(),
+                version: String::new(),
+                model: String::new(),
+                system: system.to_owned(),
+                dense: String::new(),
+                experts: String::new(),
+                deployment: Deployment::Aggregated(worker),
+                input: requests.input,
+                output: requests.output,
+                concurrency: requests.concurrency,
+                ttft_s: None,
+                tpot_s: None,
+            },
+            stack,
+            params: (counts.params_active as f64, counts.params_total as f64),
+            formats: iterations.formats(),
+            physics: Physics::of(iterations, Spread::Aggregated(layout), requests)?,
+        })
+    }
+}
