@@ -42,6 +42,8 @@ pub(crate) enum Command {
         /// Another.
         b: PathBuf,
     },
+    /// Hold the planner's predictions against what others measured.
+    Validate(ValidateArgs),
     /// Measure latency or throughput.
     Bench(BenchArgs),
     /// Say what this machine has.
@@ -145,6 +147,25 @@ pub(crate) struct ExplainArgs {
     /// Print the schedules of these ranks, too.
     #[arg(long, value_name = "RANKS", value_delimiter = ',')]
     pub schedule: Vec<u32>,
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic validate                                           the published rows, each predicted without itself\n  \
+    moesaic validate --e2e served.csv --output report          rows of your own, with a page of plots")]
+pub(crate) struct ValidateArgs {
+    /// Measured ops and collectives (CSV: gpu, op, params, latency_us, framework).
+    #[arg(long, value_name = "FILE")]
+    pub ops: Option<PathBuf>,
+    /// Measured served models (CSV: backend, model_path, system, mode, isl, osl, sizes, silicon_ttft_ms, silicon_tpot_ms).
+    #[arg(long, value_name = "FILE")]
+    pub e2e: Option<PathBuf>,
+    /// Write all rows and errors.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Folder for the same and a page with plots.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, ValueEnum)]

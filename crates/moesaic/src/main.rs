@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => cmd::compare::run(&args),
         Command::Explain(args) => cmd::explain::run(&args),
         Command::Diff { a, b } => cmd::explain::diff(&a, &b),
+        Command::Validate(args) => cmd::validate::run(&args),
         Command::Bench(args) => cmd::bench::run(&args),
         Command::Doctor(args) => cmd::doctor::run(&args),
         Command::Completions { shell } => {

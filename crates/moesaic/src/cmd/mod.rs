@@ -9,6 +9,7 @@ pub(crate) mod generate;
 pub(crate) mod init;
 pub(crate) mod inspect;
 pub(crate) mod rank;
+pub(crate) mod validate;
 
 use clap::CommandFactory;
 use clap_complete::{Shell, generate as write_completions};
