@@ -46,6 +46,8 @@ pub(crate) enum Command {
     },
     /// Hold the papers' figures against what is predicted, and against physics.
     Reproduce(ReproduceArgs),
+    /// Hold the planner's predictions against what others measured.
+    Validate(ValidateArgs),
     /// Measure latency or throughput.
     Bench(BenchArgs),
     /// Measure this machine's ops and links, as many as a model needs, into tables.
@@ -222,6 +224,25 @@ pub(crate) struct SimulateArgs {
     pub json: Option<PathBuf>,
     /// Folder for an HTML page with plots.
     #[arg(short, long, value_name = "DIR", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic validate                                           the published rows, each predicted without itself\n  \
+    moesaic validate --e2e served.csv --output report          rows of your own, with a page of plots")]
+pub(crate) struct ValidateArgs {
+    /// Measured ops and collectives (CSV: gpu, op, params, latency_us, framework).
+    #[arg(long, value_name = "FILE")]
+    pub ops: Option<PathBuf>,
+    /// Measured served models (CSV: backend, model_path, system, mode, isl, osl, sizes, silicon_ttft_ms, silicon_tpot_ms).
+    #[arg(long, value_name = "FILE")]
+    pub e2e: Option<PathBuf>,
+    /// Write all rows and errors.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Folder for the same and a page with plots.
+    #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
 }
 

@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         Command::Simulate(args) => cmd::simulate::run(&args),
         Command::Diff { a, b } => cmd::explain::diff(&a, &b),
         Command::Reproduce(args) => cmd::reproduce::run(&args),
+        Command::Validate(args) => cmd::validate::run(&args),
         Command::Bench(args) => cmd::bench::run(&args),
         Command::Profile(args) => cmd::profile::run(&args),
         Command::Doctor(args) => cmd::doctor::run(&args),

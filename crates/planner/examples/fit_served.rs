@@ -1,5 +1,7 @@
 //! Learns how far measurements of served models reach, and says how well those that were held out are met.
 //!
+//! Large deployments, which nothing is fitted to, come last: physics alone, and calibrated.
+//!
 //! `cargo run --release -p moesaic-planner --example fit_served -- [--fit]`: with `--fit` writes
 //! `bench/results/published/fit-served.json`.
 
@@ -7,7 +9,9 @@ use std::path::Path;
 
 use moesaic_fit::random;
 use moesaic_planner::calibration::{self, Calibration, Learned, Target};
-use moesaic_planner::validate::physics::Case;
+use moesaic_planner::predict::Estimate;
+use moesaic_planner::validate::physics::{Case, cases};
+use moesaic_planner::validate::served::ServedFile;
 
 fn main() {
     let cases = calibration::published();
@@ -23,6 +27,7 @@ fn main() {
     for (name, folds) in [("row", rows), ("measurement", by_measurement), ("model", by_model)] {
         report(name, &cases, &folds, &learned);
     }
+    large();
     if fits {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bench/results/published/fit-served.json");
         let text = serde_json::to_string_pretty(&learned).expect("numbers") + "\n";
@@ -55,5 +60,19 @@ fn report(name: &str, cases: &[Case], folds: &[usize], learned: &Learned) {
         let mean = errors.iter().sum::<f64>() / errors.len() as f64;
         let coverage = *inside as f64 / errors.len() as f64;
         println!("{name:12} {target:?} median {median:.3} mean {mean:.3} p90 {p90:.3} inside {coverage:.3}");
+    }
+}
+
+/// Published deployments on many nodes.
+fn large() {
+    let text = include_str!("../../../bench/results/published/large.csv");
+    let file = ServedFile::parse(text, "large.csv").expect("our own file");
+    for case in cases(&file.rows) {
+        let case = case.unwrap_or_else(|skipped| panic!("line {}: {}", skipped.line, skipped.why));
+        let Estimate { value, low, high } = Calibration::published().predict(&case, Target::Tpot);
+        let [measured, physics, value, low, high] =
+            [case.row.tpot_s.expect("a time per token"), case.physics.tpot, value, low, high].map(|s| s * 1e3);
+        let id = &case.row.id;
+        println!("{id:12} TPOT {measured:.1} ms, physics {physics:.1}, calibrated {value:.1} ({low:.1} to {high:.1})");
     }
 }

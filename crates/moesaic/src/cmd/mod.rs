@@ -12,6 +12,7 @@ pub(crate) mod profile;
 pub(crate) mod rank;
 pub(crate) mod reproduce;
 pub(crate) mod simulate;
+pub(crate) mod validate;
 
 use clap::CommandFactory;
 use clap_complete::{Shell, generate as write_completions};

@@ -179,6 +179,10 @@ impl Calibration {
 struct Corrector {
     layers: Layers,
     kriging: Kriging,
+    /// Least and greatest value of each coordinate.
+    measured: Vec<(f64, f64)>,
+    /// Standard deviation of what the layers leave.
+    left_over: f64,
     widening: f64,
 }
 
@@ -188,20 +192,37 @@ impl Corrector {
         let layers = Layers::fit(&cases, target);
         let scale = |name: &&str| *reach.scales.get(*name).unwrap_or(&START_SCALE);
         let scales = features::NAMES.iter().map(scale).collect();
-        let kriging = Kriging::new(layers.points(&cases, target), scales, reach.sill, reach.nugget);
-        Corrector { layers, kriging, widening: reach.widening }
+        let points = layers.points(&cases, target);
+        let mut measured = vec![(f64::INFINITY, f64::NEG_INFINITY); features::NAMES.len()];
+        for point in &points {
+            for ((low, high), x) in measured.iter_mut().zip(&point.at) {
+                (*low, *high) = (low.min(*x), high.max(*x));
+            }
+        }
+        let squares: f64 = points.iter().map(|point| point.value * point.value).sum();
+        let left_over = (squares / points.len().max(1) as f64).sqrt();
+        let kriging = Kriging::new(points, scales, reach.sill, reach.nugget);
+        Corrector { layers, kriging, measured, left_over, widening: reach.widening }
     }
 
     fn predict(&self, case: &Case, target: Target) -> Estimate {
-        let left = self.kriging.predict(&features::of(case));
-        Estimate::new((self.layers.ln_seconds(case, target) + left.mean).exp(), left.sd * self.widening)
+        // Beyond what was measured its edge speaks, the less the further: what holds up to 16 ranks need not hold for 320.
+        let (mut at, mut beyond) = (features::of(case), 0.0);
+        for (x, (low, high)) in at.iter_mut().zip(&self.measured) {
+            let inside = x.max(*low).min(*high);
+            beyond += (*x - inside).abs();
+            *x = inside;
+        }
+        let (left, trust) = (self.kriging.predict(&at), f64::exp(-beyond));
+        let sd = trust * left.sd + (1.0 - trust) * self.left_over;
+        Estimate::new((self.layers.ln_seconds(case, target) + trust * left.mean).exp(), sd * self.widening)
     }
 }
 
 /// The first two layers.
 struct Layers {
     common: Efficiency,
-    of_program: BTreeMap<(Stack, bool), Efficiency>,
+    of_program: BTreeMap<(Stack, Way), Efficiency>,
     of_system: BTreeMap<String, f64>,
     of_model: BTreeMap<String, f64>,
     of_name: BTreeMap<String, f64>,
@@ -260,8 +281,22 @@ impl Layers {
     }
 }
 
-fn program(case: &Case) -> (Stack, bool) {
-    (case.stack, matches!(case.row.deployment, Deployment::Aggregated(_)))
+/// How a program served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    Aggregated,
+    Disaggregated,
+    /// Workers are not counted, so physics takes one of each and is too slow.
+    Uncounted,
+}
+
+fn program(case: &Case) -> (Stack, Way) {
+    let way = match case.row.deployment {
+        Deployment::Aggregated(_) => Way::Aggregated,
+        Deployment::Disaggregated { workers: Some(_), .. } => Way::Disaggregated,
+        Deployment::Disaggregated { workers: None, .. } => Way::Uncounted,
+    };
+    (case.stack, way)
 }
 
 /// Models of one shape are one, whatever their weights.
@@ -270,7 +305,7 @@ fn model(case: &Case) -> String {
 }
 
 fn system(case: &Case) -> String {
-    format!("{} {} {}", case.row.backend, case.row.system, program(case).1)
+    format!("{} {:?}", case.row.system, program(case))
 }
 
 /// Rows of one measurement have the same number: tables have some measurements twice, under different names.

@@ -15,7 +15,7 @@ use crate::network::{Library, Network};
 use crate::serving::{self, Pool, Requests};
 
 /// Systems by the names that files have, and the clusters that they are.
-const SYSTEMS: [(&str, &str); 2] = [("h100_sxm", "dgx-h100"), ("h200_sxm", "hgx-h200")];
+const SYSTEMS: [(&str, &str); 3] = [("h100_sxm", "dgx-h100"), ("h200_sxm", "hgx-h200"), ("h800_sxm", "hgx-h800")];
 
 /// Tokens of one step at most: what the backends take when nobody says otherwise.
 const STEP_TOKENS: f64 = 8192.0;
@@ -162,13 +162,15 @@ fn layout(worker: Worker, model: &ModelSpec, gpus_per_node: usize) -> Layout {
         (true, 2..) => ExpertLayout::Placed { ep: tp * dp },
         _ => ExpertLayout::Cut,
     };
+    // Over several nodes, exchange is hidden behind the other half of the batch: DeepSeek's own system, SGLang's two-batch overlap.
+    let halves = experts.exchanges() && worker.ranks() > gpus_per_node;
     Layout {
         tp,
         pp,
         dp,
         experts,
-        micro_batches: if pp > 1 { pp } else { 1 },
-        overlap: Overlap::None,
+        micro_batches: if halves { 2 } else { pp },
+        overlap: if halves { Overlap::MicroBatches } else { Overlap::None },
         precision: ExchangePrecision::Full,
         ..Layout::single(gpus_per_node)
     }
@@ -242,6 +244,7 @@ fn of_row(iterations: &mut Iterations, row: &Served) -> Result<Physics, PlannerE
         concurrency: row.concurrency,
         prefix_hit: 0.0,
         step_tokens: STEP_TOKENS,
+        // They ask at once, with equal lengths.
         common_rhythm: true,
     };
     let (cluster, model) = (iterations.cluster(), iterations.model());

@@ -114,7 +114,7 @@ fn probe(op: &Op) -> Result<Probe> {
             rope: rope as usize,
             dtype: dtype(kv)?,
         },
-        Op::Stream { .. } => bail!("{op:?} is no op of a table"),
+        Op::Stream { .. } | Op::ExpertsDeepEp { .. } => bail!("{op:?} is no op of a table"),
     })
 }
 
