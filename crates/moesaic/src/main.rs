@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Init(args) => cmd::init::run(&args),
         Command::Compare(args) => cmd::compare::run(&args),
+        Command::Plan(args) => cmd::plan::run(&args),
         Command::Explain(args) => cmd::explain::run(&args),
         Command::Diff { a, b } => cmd::explain::diff(&a, &b),
         Command::Bench(args) => cmd::bench::run(&args),
