@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Init(InitArgs),
     /// Run a model under several plans on local ranks, and set them side by side.
     Compare(CompareArgs),
+    /// Find the best plan for a model, a cluster and a workload.
+    Plan(PlanArgs),
     /// Say what a plan does, what binds it and what would help: who owns what, what crosses which links, what waits for what.
     Explain(ExplainArgs),
     /// Run the scheduler on a virtual clock: latencies, goodput and use of the cache under a plan.
@@ -126,6 +128,53 @@ pub(crate) struct ReproduceArgs {
     /// Everything as JSON, too.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    moesaic plan deepseek-v3 --cluster hgx-h200-x4 --workload decode --tpot 50ms\n  \
+    moesaic plan deepseek-v3 --cluster dgx-h100 --gpus 32..96 --tpot 50ms --ttft 2s\n  \
+    moesaic plan mixtral-8x7b --cluster a100-4x4 --tolerate-failures 1 --output ./plans")]
+pub(crate) struct PlanArgs {
+    /// Preset, model folder or config.json.
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// A preset or a file; a preset grows with --gpus.
+    #[arg(long, value_name = "CLUSTER")]
+    pub cluster: String,
+    /// Lengths of prompts and answers: a preset or a file.
+    #[arg(long, value_name = "WORKLOAD", default_value = "chat-small")]
+    pub workload: String,
+    /// GPUs to use, N or N..M [default: all of the cluster].
+    #[arg(long, value_name = "N|N..M", value_parser = parse_gpus, help_heading = "Goals")]
+    pub gpus: Option<(usize, usize)>,
+    /// Time to first token at most (500ms, 1.5s).
+    #[arg(long, value_name = "TIME", value_parser = parse_seconds, help_heading = "Goals")]
+    pub ttft: Option<f64>,
+    /// Time per output token at most (30ms).
+    #[arg(long, value_name = "TIME", value_parser = parse_seconds, help_heading = "Goals")]
+    pub tpot: Option<f64>,
+    /// GPUs of a plan that may fail while it goes on and keeps the goals.
+    #[arg(long, value_name = "F", default_value_t = 0, help_heading = "Goals")]
+    pub tolerate_failures: usize,
+    /// Requests at a time, over all GPUs; several are tried [default: as many as are best].
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..), help_heading = "Goals")]
+    pub concurrency: Vec<u32>,
+    /// Rows travel to experts exactly as computed, and not in 8 bits.
+    #[arg(long, help_heading = "Goals")]
+    pub exact_exchange: bool,
+    /// How unevenly experts are loaded: the i-th most popular by i to the power of -S; 0 is evenly.
+    #[arg(long, value_name = "S", default_value_t = 0.0, allow_negative_numbers = true, help_heading = "Goals")]
+    pub zipf: f64,
+    /// Plans of each frontier at most.
+    #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Output")]
+    pub top: u16,
+    /// Folder for the page (HTML), the data (JSON) and the plan files.
+    #[arg(short, long, value_name = "DIR", default_value = "moesaic-plan", help_heading = "Output")]
+    pub output: PathBuf,
+    /// Print one JSON object instead of text.
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -715,6 +764,38 @@ pub(crate) struct DoctorArgs {
     pub json: bool,
 }
 
+/// `30ms`, `1.5s`, `250us`: a time above 0, in seconds.
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let text = text.trim();
+    let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor = match unit.trim() {
+        "s" => 1.0,
+        "ms" => 1e-3,
+        "us" | "µs" => 1e-6,
+        "" => return Err(format!("'{text}' has no unit; {text}ms or {text}s would be a time")),
+        unit => return Err(format!("'{unit}' is not a unit of time; us, ms and s are")),
+    };
+    let seconds = number.parse::<f64>().ok().map(|number| number * factor);
+    seconds
+        .filter(|&seconds| seconds > 0.0)
+        .ok_or_else(|| format!("'{text}' is not a time above 0; 30ms or 1.5s would be"))
+}
+
+/// `32` or `32..96`.
+fn parse_gpus(text: &str) -> Result<(usize, usize), String> {
+    let wrong = || format!("'{text}' is not a number of GPUs; 32 or 32..96 would be");
+    let number = |text: &str| text.trim().parse::<usize>().ok().filter(|&gpus| gpus > 0).ok_or_else(wrong);
+    let (from, to) = match text.split_once("..") {
+        None => (number(text)?, number(text)?),
+        Some((from, to)) => (number(from)?, number(to)?),
+    };
+    if from > to {
+        return Err(format!("'{text}' ends before it begins; {to}..{from} would be right"));
+    }
+    Ok((from, to))
+}
+
 /// `4GiB`, `500MB`, `1024`: a number with a decimal or binary unit.
 fn parse_bytes(text: &str) -> Result<Bytes, String> {
     let text = text.trim();
@@ -744,6 +825,21 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_have_units() {
+        assert_eq!(parse_seconds("30ms"), Ok(0.03));
+        assert_eq!(parse_seconds("1.5 s"), Ok(1.5));
+        assert_eq!(parse_seconds("30"), Err("'30' has no unit; 30ms or 30s would be a time".to_owned()));
+        for wrong in ["0s", "-1s", "ms", "3 fortnights", "1e3s", ""] {
+            assert!(parse_seconds(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(parse_gpus("32..96"), Ok((32, 96)));
+        assert_eq!(parse_gpus("8"), Ok((8, 8)));
+        for wrong in ["0", "96..32", "a", "8..", "1..2..3"] {
+            assert!(parse_gpus(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Init(args) => cmd::init::run(&args),
         Command::Compare(args) => cmd::compare::run(&args),
+        Command::Plan(args) => cmd::plan::run(&args),
         Command::Explain(args) => cmd::explain::run(&args),
         Command::Simulate(args) => cmd::simulate::run(&args),
         Command::Diff { a, b } => cmd::explain::diff(&a, &b),

@@ -109,7 +109,8 @@ pub(crate) fn workload(name: &str) -> Result<Workload> {
     }
 }
 
-fn is_file(name: &str) -> bool {
+/// Whether a name is that of a file and not of a preset.
+pub(crate) fn is_file(name: &str) -> bool {
     name.ends_with(".yaml") || name.ends_with(".yml") || name.contains('/')
 }
 

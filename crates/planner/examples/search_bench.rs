@@ -3,71 +3,72 @@
 //!
 //! `cargo run --release -p moesaic-planner --example search_bench`
 
+use std::ops::RangeInclusive;
 use std::time::Instant;
 
 use moesaic_planner::cost::{CostModel, Stack};
 use moesaic_planner::iteration::{Formats, Iterations};
 use moesaic_planner::load::{ExpertLoad, LoadModel};
 use moesaic_planner::network::{Library, Network};
-use moesaic_planner::search::{Found, Goals, Search, Space};
+use moesaic_planner::search::file::name;
+use moesaic_planner::search::{Goals, Search, Space};
 use moesaic_planner::serving::Requests;
 use moesaic_spec::{Cluster, ModelSpec, cluster_preset, preset};
 
 fn main() {
-    let deepseek = preset("deepseek-v3").unwrap().spec().unwrap();
-    let h100 = cluster_preset("dgx-h100-x12").unwrap();
-    let h200 = cluster_preset("hgx-h200-x4").unwrap();
-    let mixtral = preset("mixtral-8x7b").unwrap().spec().unwrap();
-    let paper = preset("paper-000").unwrap().spec().unwrap();
-    let paper_cluster = cluster_preset("h100-paper").unwrap().with_gpus(14848).unwrap();
-    run("mixtral-8x7b, 8 H200, everything priced", &mixtral, &h200, 8..=8, false);
-    run("deepseek-v3, 16 H200, everything priced", &deepseek, &h200, 16..=16, false);
-    run("mixtral-8x7b, 8 H200", &mixtral, &h200, 8..=8, true);
-    run("deepseek-v3, 32 H200", &deepseek, &h200, 32..=32, true);
-    run("deepseek-v3, 32 to 96 H100", &deepseek, &h100, 32..=96, true);
-    run("paper-000, 14,848 H100 of the paper", &paper, &paper_cluster, 14848..=14848, true);
+    let [deepseek, mixtral, paper] =
+        ["deepseek-v3", "mixtral-8x7b", "paper-000"].map(|name| preset(name).unwrap().spec().unwrap());
+    let [h100, h200] = ["dgx-h100-x12", "hgx-h200-x4"].map(|name| cluster_preset(name).unwrap());
+    let paper_h100 = cluster_preset("h100-paper").unwrap().with_gpus(14848).unwrap();
+    println!("everything priced, for the second time, so that no part's price is new");
+    everything("mixtral-8x7b, 8 H200", &mixtral, &h200, 8..=8);
+    everything("deepseek-v3, 16 H200", &deepseek, &h200, 16..=16);
+    println!("whole searches, from nothing");
+    whole("mixtral-8x7b, 8 H200", &mixtral, &h200, 8..=8);
+    whole("deepseek-v3, 32 H200", &deepseek, &h200, 32..=32);
+    whole("deepseek-v3, 32 to 96 H100", &deepseek, &h100, 32..=96);
+    whole("paper-000, 14,848 H100 of the paper", &paper, &paper_h100, 14848..=14848);
 }
 
-fn run(what: &str, model: &ModelSpec, cluster: &Cluster, gpus: std::ops::RangeInclusive<usize>, prune: bool) {
-    let (start, cpu) = (Instant::now(), cpu_seconds());
-    let found = search(model, cluster, gpus, prune);
-    let (seconds, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu);
-    let counts = found.counts;
-    println!("{what}: {seconds:.3} s, of which {cpu:.3} s on the core");
+fn everything(what: &str, model: &ModelSpec, cluster: &Cluster, gpus: RangeInclusive<usize>) {
+    let mut iterations = iterations(model, cluster);
+    let search = search(model, cluster, gpus, false);
+    search.run(&mut iterations).unwrap();
+    let (found, [seconds, cpu]) = timed(|| search.run(&mut iterations).unwrap());
+    let priced = found.counts.priced;
+    println!("  {what}: {priced} configurations in {seconds:.3} s, {:.0}/s of the core", priced as f64 / cpu);
+}
+
+fn whole(what: &str, model: &ModelSpec, cluster: &Cluster, gpus: RangeInclusive<usize>) {
+    let search = search(model, cluster, gpus, true);
+    let (found, [seconds, cpu]) = timed(|| search.run(&mut iterations(model, cluster)).unwrap());
+    let (counts, best) = (found.counts, found.best().unwrap());
+    println!("  {what}: {seconds:.3} s, of which {cpu:.3} s on the core");
     println!(
-        "  {} shapes, {} fit; {} configurations, {} priced: {:.0} priced/s of the core",
-        counts.shapes,
-        counts.fitting,
-        counts.configurations,
-        counts.priced,
-        counts.priced as f64 / cpu,
+        "    {} shapes, {} fit; {} configurations, {} priced",
+        counts.shapes, counts.fitting, counts.configurations, counts.priced
     );
-    if let Some(best) = found.best() {
-        println!(
-            "  best: {} × {}, {} at a time: TTFT {:.0} ms, TPOT {:.1} ms, {:.0} tok/s/GPU; {} on the frontier",
-            best.shape.copies,
-            moesaic_planner::search::file::name(&best.layout),
-            best.concurrency,
-            1e3 * best.ttft,
-            1e3 * best.tpot,
-            best.merit().throughput,
-            found.frontier.len(),
-        );
-    }
+    println!(
+        "    best: {} × {}, {} at a time: TTFT {:.0} ms, TPOT {:.1} ms, {:.0} tok/s/GPU; {} on the frontier",
+        best.shape.copies,
+        name(&best.layout),
+        best.concurrency,
+        1e3 * best.ttft,
+        1e3 * best.tpot,
+        best.merit().throughput,
+        found.frontier.len(),
+    );
 }
 
-fn search(model: &ModelSpec, cluster: &Cluster, gpus: std::ops::RangeInclusive<usize>, prune: bool) -> Found {
+fn iterations<'a>(model: &'a ModelSpec, cluster: &'a Cluster) -> Iterations<'a> {
     let moe = model.layers.iter().find_map(|ffn| ffn.as_moe()).unwrap();
     let load = ExpertLoad::new(LoadModel::Uniform, moe.num_experts, moe.top_k).unwrap();
-    let mut iterations = Iterations::new(
-        model,
-        cluster,
-        Formats::of(model),
-        CostModel::new(&cluster.gpu, Stack::Sglang),
-        Network::new(cluster, Library::Custom),
-        Some(load.into()),
-    );
-    let search = Search {
+    let (costs, network) = (CostModel::new(&cluster.gpu, Stack::default()), Network::new(cluster, Library::Custom));
+    Iterations::new(model, cluster, Formats::of(model), costs, network, Some(load.into()))
+}
+
+fn search<'a>(model: &'a ModelSpec, cluster: &'a Cluster, gpus: RangeInclusive<usize>, prune: bool) -> Search<'a> {
+    Search {
         space: Space { model, cluster, gpus, compress: true, uneven: false, tolerate_failures: 0 },
         requests: Requests {
             input: 2000.0,
@@ -82,8 +83,14 @@ fn search(model: &ModelSpec, cluster: &Cluster, gpus: std::ops::RangeInclusive<u
         concurrencies: None,
         utilization: 0.9,
         prune,
-    };
-    search.run(&mut iterations).unwrap()
+    }
+}
+
+/// Seconds on the clock and on the core.
+fn timed<T>(work: impl FnOnce() -> T) -> (T, [f64; 2]) {
+    let (start, cpu) = (Instant::now(), cpu_seconds());
+    let done = work();
+    (done, [start.elapsed().as_secs_f64(), cpu_seconds() - cpu])
 }
 
 /// Time for which this process has had a core: what counts on a machine that others use, too.

@@ -204,7 +204,14 @@ impl Search<'_> {
             }
         }
         counts.fitting = tasks.len();
-        let mut state = State { search: self, frontier: Frontier::default(), strategies, counts, edges: Vec::new() };
+        let mut state = State {
+            search: self,
+            frontier: Frontier::default(),
+            strategies,
+            counts,
+            edges: Vec::new(),
+            refining: false,
+        };
         let mut families = Vec::new();
         for (idx, task) in tasks.iter().enumerate() {
             for layout in self.space.families(&task.shape) {
@@ -237,13 +244,17 @@ impl Search<'_> {
             if self.concurrencies.is_none() && slots > self.fitting(room) {
                 break;
             }
+            if !self.prune {
+                ideal.push(Merit { throughput: f64::INFINITY, tpot: 0.0, ttft: 0.0 });
+                continue;
+            }
             let requests = Requests { concurrency: slots * layout.dp as f64, ..self.requests };
             let served = serving::ideal(iterations, &resolved, &requests, room);
             let throughput = served.throughput * task.shape.copies as f64 / task.shape.gpus as f64;
             let merit = Merit { throughput, tpot: served.tpot, ttft: served.ttft }.relaxed(SETTLED);
             ideal.push(merit);
             // More requests at a time take longer still, but for a step of the scheduler here and there.
-            if self.prune && self.goals.missed_by(0.0, merit.tpot) > 1.5 {
+            if self.goals.missed_by(0.0, merit.tpot) > 1.5 {
                 break;
             }
         }
@@ -329,6 +340,8 @@ struct State<'a, 'b> {
     strategies: Vec<(Strategy, Podium)>,
     counts: Counts,
     edges: Vec<Edge>,
+    /// Points are between those that all layouts are priced at, and count for the best only.
+    refining: bool,
 }
 
 impl State<'_, '_> {
@@ -352,6 +365,7 @@ impl State<'_, '_> {
             let Some(room) = self.search.room(&footprint) else { continue };
             let resolved = iterations.resolve(&layout)?;
             let mut kept: Option<(Point, f64)> = None;
+            let mut last = f64::INFINITY;
             for (idx, (&slots, ideal)) in task.slots.iter().zip(&family.ideal).enumerate() {
                 if self.search.concurrencies.is_none() && slots > self.search.fitting(room) {
                     break;
@@ -364,10 +378,12 @@ impl State<'_, '_> {
                     now = Some((point, slots));
                 }
                 if let (None, Some((point, slots_kept))) = (&now, kept.take()) {
-                    let (strategy, at_most) = (task.strategy, ideal.throughput);
+                    // Each request gets no faster when there are more.
+                    let (strategy, at_most) = (task.strategy, last * slots / slots_kept);
                     self.edges.push(Edge { point, strategy, slots: slots_kept, broken: slots, at_most });
                 }
                 kept = now;
+                last = ideal.throughput;
             }
         }
         Ok(())
@@ -444,7 +460,7 @@ impl State<'_, '_> {
         if !self.survives(iterations, point)? {
             return Ok(false);
         }
-        if !self.frontier.covers(&point.merit()) {
+        if !self.refining && !self.frontier.covers(&point.merit()) {
             self.frontier.insert(point.clone());
         }
         if self.places(strategy, &point.merit(), &point.shape) {
@@ -488,6 +504,7 @@ impl State<'_, '_> {
         }
         let mut edges = std::mem::take(&mut self.edges);
         edges.sort_by(|a, b| b.at_most.total_cmp(&a.at_most));
+        self.refining = true;
         for edge in edges {
             let Edge { point, strategy, mut slots, mut broken, at_most } = edge;
             let merit = Merit { throughput: at_most, ..point.merit() };
@@ -506,6 +523,11 @@ impl State<'_, '_> {
                     None => true,
                 };
                 if keeps { slots = middle } else { broken = middle }
+            }
+        }
+        for (_, podium) in &self.strategies {
+            if let Some(first) = podium.first.as_ref().filter(|first| !self.frontier.covers(&first.merit())) {
+                self.frontier.insert(first.clone());
             }
         }
         Ok(())

@@ -93,15 +93,15 @@ fn tiles(planning: &Planning) -> String {
 }
 
 fn frontier_table(frontier: &[Proposal]) -> Table {
-    let heads = ["GPUs", "requests at a time", "TPOT", "TTFT", "tokens/s and GPU", "tokens/s", "memory"];
+    let heads = ["tokens/s and GPU", "TPOT", "TTFT", "requests at a time", "GPUs", "tokens/s", "memory"];
     let row = |proposal: &Proposal| {
         let prediction = &proposal.prediction;
         let cells = vec![
-            integer(prediction.gpus as u64),
-            number(prediction.concurrency),
+            number(prediction.tokens_per_s_gpu.value),
             seconds(prediction.tpot_s.value),
             seconds(prediction.ttft_s.value),
-            number(prediction.tokens_per_s_gpu.value),
+            integer(prediction.concurrency as u64),
+            integer(prediction.gpus as u64),
             number(prediction.tokens_per_s.value),
             format!("{} %", percent((1000.0 * prediction.memory.total() / prediction.gpu_memory).round() / 1000.0)),
         ];

@@ -25,7 +25,7 @@ fn write_all(w: &mut String, planning: &Planning) -> std::fmt::Result {
         "           {} tokens/s and GPU, {} in all, with {} requests at a time",
         of(&prediction.tokens_per_s_gpu, number),
         number(prediction.tokens_per_s.value),
-        number(prediction.concurrency)
+        integer(prediction.concurrency as u64)
     )?;
     writeln!(
         w,
@@ -90,18 +90,18 @@ fn write_all(w: &mut String, planning: &Planning) -> std::fmt::Result {
 }
 
 fn write_frontier(w: &mut String, frontier: &[Proposal]) -> std::fmt::Result {
-    writeln!(w, "  {:<42} {:>6} {:>9} {:>9} {:>9} {:>9}", "", "GPUs", "requests", "TPOT", "TTFT", "tok/s/GPU")?;
+    writeln!(w, "  {:>9} {:>9} {:>9} {:>9} {:>7}  plan", "tok/s/GPU", "TPOT", "TTFT", "requests", "GPUs")?;
     for proposal in frontier {
         let prediction = &proposal.prediction;
         writeln!(
             w,
-            "  {:<42} {:>6} {:>9} {:>9} {:>9} {:>9}",
-            proposal.name(),
-            integer(prediction.gpus as u64),
-            number(prediction.concurrency),
+            "  {:>9} {:>9} {:>9} {:>9} {:>7}  {}",
+            number(prediction.tokens_per_s_gpu.value),
             seconds(prediction.tpot_s.value),
             seconds(prediction.ttft_s.value),
-            number(prediction.tokens_per_s_gpu.value)
+            integer(prediction.concurrency as u64),
+            integer(prediction.gpus as u64),
+            proposal.name()
         )?;
     }
     Ok(())
@@ -119,7 +119,9 @@ fn memory(memory: &Memory, gpu: f64) -> String {
         .map(|(name, bytes)| format!("{name} {}", Bytes(bytes as u64)))
         .collect();
     let share = percent((1000.0 * memory.total() / gpu).round() / 1000.0);
-    format!("{}\n           = {share} % of {}", parts.join(" + "), Bytes(gpu as u64))
+    let (first, rest) = parts.split_at(parts.len().min(2));
+    let rest = if rest.is_empty() { String::new() } else { format!("\n           + {}", rest.join(" + ")) };
+    format!("{}{rest} = {share} % of {}", first.join(" + "), Bytes(gpu as u64))
 }
 
 /// The parts of a rank's memory with their names.
