@@ -400,31 +400,8 @@ impl<'a> Iterations<'a> {
     /// # Errors
     /// [`PlannerError`]: the model cannot be spread like this.
     pub fn price(&mut self, layout: &Layout, batch: &Batch) -> Result<Iteration, PlannerError> {
-        self.price_straggling(layout, batch, 0.0)
-    }
-
-    /// The same, when the fullest rank is fuller than in the mean by so many standard deviations of the mean over the layers.
-    ///
-    /// # Errors
-    /// [`PlannerError`]: the model cannot be spread like this.
-    pub fn price_straggling(
-        &mut self,
-        layout: &Layout,
-        batch: &Batch,
-        deviations: f64,
-    ) -> Result<Iteration, PlannerError> {
         let resolved = self.resolve(layout)?;
-        Ok(self.price_of(&resolved, batch, deviations))
-    }
-
-    /// Seconds of attention in one layer of one rank: what groups with other batches differ in.
-    ///
-    /// # Errors
-    /// [`PlannerError`]: the model cannot be spread like this.
-    pub fn attention_s(&mut self, layout: &Layout, batch: &Batch) -> Result<f64, PlannerError> {
-        let cut = self.cut(layout)?;
-        let projections = self.part(cut, Part::Attention, batch.rows());
-        Ok(projections.seconds + self.core(cut, batch).seconds)
+        Ok(self.price_resolved(&resolved, batch))
     }
 
     /// Finds what prices of a layout need. What it returns is of these iterations and no others.
@@ -461,10 +438,16 @@ impl<'a> Iterations<'a> {
 
     /// Prices an iteration of a layout that is found already.
     pub fn price_resolved(&mut self, resolved: &Resolved, batch: &Batch) -> Iteration {
-        self.price_of(resolved, batch, 0.0)
+        self.price_straggling(resolved, batch, 0.0)
     }
 
-    fn price_of(&mut self, resolved: &Resolved, batch: &Batch, deviations: f64) -> Iteration {
+    /// Seconds of attention in one layer of one rank: what groups with other batches differ in.
+    pub fn attention_s(&mut self, resolved: &Resolved, batch: &Batch) -> f64 {
+        self.part(resolved.cut, Part::Attention, batch.rows()).seconds + self.core(resolved.cut, batch).seconds
+    }
+
+    /// The price when the fullest rank is fuller than in the mean by so many standard deviations of the mean over the layers.
+    pub fn price_straggling(&mut self, resolved: &Resolved, batch: &Batch, deviations: f64) -> Iteration {
         let layout = resolved.layout;
         let micro_batches = (layout.micro_batches as f64).min(batch.rows().floor()).max(1.0);
         let part = batch.part(micro_batches);

@@ -5,7 +5,7 @@ use moesaic_sched::{Execute, StepBatch, StepOutput};
 use moesaic_spec::SplitMix64;
 
 use crate::PlannerError;
-use crate::iteration::{Batch, Cost, Iteration, Iterations, Layout};
+use crate::iteration::{Batch, Cost, Iteration, Iterations, Resolved};
 
 /// Classes of communication that an iteration has.
 pub(super) const CLASSES: [Collective; 4] =
@@ -14,7 +14,7 @@ pub(super) const CLASSES: [Collective; 4] =
 /// Steps take what their iterations cost, and every token is 0.
 pub(super) struct Priced<'p, 'm> {
     pub(super) iterations: &'p mut Iterations<'m>,
-    pub(super) layout: &'p Layout,
+    pub(super) resolved: Resolved<'p>,
     /// Where the load of the fullest rank is drawn from; without, it is the mean.
     pub(super) stragglers: Option<SplitMix64>,
     pub(super) clock: Clock,
@@ -63,18 +63,18 @@ impl Clock {
 
 impl Priced<'_, '_> {
     /// The batch of the group that all wait for: whose attention takes longest.
-    fn fullest(&mut self, batches: &[StepBatch]) -> Result<Batch, PlannerError> {
+    fn fullest(&mut self, batches: &[StepBatch]) -> Batch {
         let mut fullest = Batch::default();
         let (mut longest, mut rows) = (-1.0, 0.0);
         for batch in batches.iter().filter(|batch| !batch.seqs.is_empty()).map(batch_of) {
             rows += batch.rows();
-            let seconds = if batches.len() == 1 { 0.0 } else { self.iterations.attention_s(self.layout, &batch)? };
+            let seconds = if batches.len() == 1 { 0.0 } else { self.iterations.attention_s(&self.resolved, &batch) };
             if seconds > longest {
                 (longest, fullest) = (seconds, batch);
             }
         }
         fullest.shortfall = fullest.rows() - rows / batches.len() as f64;
-        Ok(fullest)
+        fullest
     }
 }
 
@@ -101,9 +101,9 @@ impl Execute for Priced<'_, '_> {
     type Error = PlannerError;
 
     fn execute(&mut self, batches: &[StepBatch]) -> Result<Vec<StepOutput>, PlannerError> {
-        let batch = self.fullest(batches)?;
+        let batch = self.fullest(batches);
         let deviations = self.stragglers.as_mut().map_or(0.0, normal);
-        let iteration = self.iterations.price_straggling(self.layout, &batch, deviations)?;
+        let iteration = self.iterations.price_straggling(&self.resolved, &batch, deviations);
         self.clock.pass(&iteration, batch);
         let output = |batch: &StepBatch| {
             let sampled = batch.seqs.iter().filter(|seq| seq.samples).map(|seq| (seq.id, 0)).collect();

@@ -21,7 +21,7 @@ pub use result::{Goals, Goodput, Moment, Simulated, Steady};
 pub use trials::{Trials, trials};
 
 use crate::PlannerError;
-use crate::iteration::{Iterations, Layout};
+use crate::iteration::{Iterations, Layout, Resolved};
 use crate::predict::Predictor;
 use executor::{Clock, Priced};
 use record::Record;
@@ -93,7 +93,8 @@ pub fn simulate_watched(
     let longest = workload.longest();
     let kv_tokens = predictor.room(layout, &footprint, longest as f64)?;
     let schedulers = schedulers(simulation, longest, kv_tokens)?;
-    let mut run = Run::new(simulation, &mut predictor.iterations, schedulers, kv_tokens);
+    let resolved = predictor.iterations.resolve(layout)?;
+    let mut run = Run::new(simulation, &mut predictor.iterations, resolved, schedulers, kv_tokens);
     run.finish(&mut watch)?;
     let Run { record, executor, schedulers, .. } = run;
     Ok(result::sum_up(simulation, executor.iterations, &record, &executor.clock, &schedulers, kv_tokens))
@@ -140,12 +141,13 @@ impl<'p, 'm> Run<'p, 'm> {
     fn new(
         simulation: &Simulation<'p>,
         iterations: &'p mut Iterations<'m>,
+        resolved: Resolved<'p>,
         schedulers: Vec<Scheduler>,
         kv_tokens: f64,
     ) -> Run<'p, 'm> {
         let asks = asks::asks(simulation.workload);
         let record = Record::new(asks.len(), simulation.workload.arrival);
-        let (layout, stragglers) = (simulation.layout, simulation.stragglers.map(SplitMix64));
+        let stragglers = simulation.stragglers.map(SplitMix64);
         Run {
             shared_prefix: simulation.workload.prefix_hit,
             timed: asks.iter().filter(|ask| ask.at.is_some()).count(),
@@ -154,7 +156,7 @@ impl<'p, 'm> Run<'p, 'm> {
             open: vec![0; schedulers.len()],
             kv_blocks: (kv_tokens / simulation.limits.block_size as f64).floor() * schedulers.len() as f64,
             schedulers,
-            executor: Priced { iterations, layout, stragglers, clock: Clock::default() },
+            executor: Priced { iterations, resolved, stragglers, clock: Clock::default() },
             record,
         }
     }
