@@ -103,8 +103,8 @@ fn plans_that_cannot_be_followed_are_refused_with_the_way_out() {
             "ranks is 16, but cluster laptop has 2 GPUs (1 × 2); use fewer ranks or a larger cluster",
         ),
         (
-            &[("cluster", "hgx-h20")],
-            "no cluster is called \"hgx-h20\"; did you mean `hgx-h200`? (clusters: a100-4x4, h100-paper, dgx-h100, \
+            &[("cluster", "hgx-h21")],
+            "no cluster is called \"hgx-h21\"; did you mean `hgx-h200`? (clusters: a100-4x4, h100-paper, dgx-h100, \
              dgx-h100-x2, hgx-h200, h200-x2-nv18, gb200-nvl72, laptop)",
         ),
         (
