@@ -47,7 +47,7 @@ pub struct Learned {
 /// By how much standard deviations must grow for 90 % of rows that were held out to lie inside their 90 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Widening {
-    /// Within [`NEAR`] length scales of a row.
+    /// Within `NEAR` length scales of a row.
     pub near: f64,
     /// Beyond: networks know less of shapes that they never saw than of those that they were trained on.
     pub far: f64,

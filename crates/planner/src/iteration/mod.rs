@@ -2,7 +2,7 @@
 //!
 //! [`parts`] says what a rank's parts do, from the model's forward pass on `Meta`; [`dag`] how they wait for each other,
 //! from the plan's schedule. Here both are priced for a cluster and a batch. Each kind of rank is priced once, and each cost
-//! is worked out once for each size ([`curve`]), so that a search can ask a hundred thousand times a second.
+//! is worked out once for each size (`curve`), so that a search can ask a hundred thousand times a second.
 
 pub(crate) mod attend;
 mod curve;

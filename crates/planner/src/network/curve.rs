@@ -21,7 +21,7 @@ pub struct Demand {
     pub least_inter_bytes: f64,
     /// Times that a multiprocessor has more than its first expert to serve (low-latency exchange).
     pub extra_waves: f64,
-    /// Rows that one multiprocessor quantises one after the other, in rows of [`CAST_HIDDEN`] numbers.
+    /// Rows that one multiprocessor quantises one after the other, in rows of `CAST_HIDDEN` numbers.
     pub casts: f64,
 }
 
