@@ -409,7 +409,7 @@ fn configs_that_describe_no_model() {
     for (field, value, parts) in [
         ("num_experts_per_tok", json!(5), &["`num_experts_per_tok` is 5", "4"][..]),
         ("num_experts", json!(1), &["num_experts"]),
-        ("model_type", json!("llama"), &["`model_type` is \"llama\"", "not a known family", "qwen3_moe"]),
+        ("model_type", json!("gpt2"), &["`model_type` is \"gpt2\"", "not a known family", "qwen3_moe"]),
         ("model_type", Value::Null, &["model_type"]),
         ("hidden_size", json!("big"), &["`hidden_size` is \"big\""]),
         ("hidden_size", json!(-32), &["`hidden_size` is -32"]),

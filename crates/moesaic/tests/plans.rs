@@ -104,8 +104,8 @@ fn plans_that_cannot_be_followed_are_refused_with_the_way_out() {
         ),
         (
             &[("cluster", "hgx-h21")],
-            "no cluster is called \"hgx-h21\"; did you mean `hgx-h200`? (clusters: a100-4x4, h100-paper, dgx-h100, \
-             dgx-h100-x2, hgx-h200, h200-x2-nv18, gb200-nvl72, laptop)",
+            "no cluster is called \"hgx-h21\"; did you mean `hgx-h20`? (clusters: a100-4x4, h100-paper, dgx-h100, \
+             hgx-h200, hgx-h800, hgx-h20, hgx-b200, h200-x2-nv18, gb200-nvl72, laptop)",
         ),
         (
             &[("mesh", "{dp: 16, ep: 4}")],
