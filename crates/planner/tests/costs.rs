@@ -196,7 +196,7 @@ fn tables_that_cannot_be_are_refused() {
             "line 3, column dtype: float7 is not float32, bfloat16, fp8, fp8_block, nvfp4 or int4",
         ),
         ("bfloat16,64,4096,4096,NoSuch,1,9", "line 3, column framework: NoSuch is not known"),
-        ("bfloat16,64,4096,4096,TRTLLM,1", "line 3, column : 6 values for 7 columns"),
+        ("bfloat16,64,4096,4096,TRTLLM,1", "line 3: 6 values for 7 columns"),
     ] {
         let message = refusal(&format!("{head}{row}\n"));
         assert!(message.contains(sentence), "{message}");

@@ -263,7 +263,7 @@ fn wrong_workloads_are_refused() {
             "w.yaml: field `arrival.poisson` is 0, but must be a number from 1e-6 to 1000000.0",
         ),
         (
-            "name: w\nnum_requests: 1\ninput_tokens: 1\noutput_tokens: 1\narrival: {poisson: 1, closed: 2}\n",
+            "name: w\nnum_requests: 1\ninput_tokens: 1\noutput_tokens: 1\narrival: {closed: 2, poisson: 1}\n",
             "w.yaml: field `arrival` is {\"closed\":2,\"poisson\":1}, but must be one of poisson (requests/s) and closed (users)",
         ),
         (
