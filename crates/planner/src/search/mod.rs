@@ -253,6 +253,10 @@ impl Search<'_> {
             let throughput = served.throughput * task.shape.copies as f64 / task.shape.gpus as f64;
             let merit = Merit { throughput, tpot: served.tpot, ttft: served.ttft }.relaxed(SETTLED);
             ideal.push(merit);
+            // More requests at a time take longer still, but for a step of the scheduler here and there.
+            if self.prune && self.goals.missed_by(0.0, merit.tpot) > 2.0 {
+                break;
+            }
         }
         Ok(ideal)
     }
