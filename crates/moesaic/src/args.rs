@@ -143,7 +143,7 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "CLUSTER")]
     pub cluster: String,
     /// Lengths of prompts and answers: a preset or a file.
-    #[arg(long, value_name = "WORKLOAD", default_value = "chat-small")]
+    #[arg(long, value_name = "WORKLOAD", default_value = "chat")]
     pub workload: String,
     /// GPUs to use, N or N..M [default: all of the cluster].
     #[arg(long, value_name = "N|N..M", value_parser = parse_gpus, help_heading = "Goals")]
