@@ -7,6 +7,7 @@ use clap_complete::Shell;
 use moesaic_engine::EngineConfig;
 use moesaic_model::LoadDType;
 use moesaic_plan::Strategy;
+use moesaic_planner::cost::Stack;
 use moesaic_spec::{Bytes, DropPolicy};
 
 /// Plans, runs and measures Mixture-of-Experts transformers.
@@ -163,9 +164,8 @@ pub(crate) struct PlanArgs {
     /// Rows travel to experts exactly as computed, and not in 8 bits.
     #[arg(long, help_heading = "Goals")]
     pub exact_exchange: bool,
-    /// How unevenly experts are loaded: the i-th most popular by i to the power of -S; 0 is evenly.
-    #[arg(long, value_name = "S", default_value_t = 0.0, allow_negative_numbers = true, help_heading = "Goals")]
-    pub zipf: f64,
+    #[command(flatten)]
+    pub pricing: PricingArgs,
     /// Plans of each frontier at most.
     #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Output")]
     pub top: u16,
@@ -234,9 +234,43 @@ pub(crate) struct PredictArgs {
     /// So many users, each of whom asks again when answered, instead of the workload's arrivals.
     #[arg(long, value_name = "N", help_heading = "Prediction")]
     pub concurrency: Option<usize>,
+    #[command(flatten)]
+    pub pricing: PricingArgs,
+}
+
+/// What predictions price by.
+#[derive(Args, Clone)]
+pub(crate) struct PricingArgs {
+    /// Program whose kernels are priced, and whose own time, where it was measured, is part of what users see.
+    #[arg(long, value_name = "PROGRAM", value_enum, default_value_t, help_heading = "Prediction")]
+    pub backend: BackendArg,
     /// Load of the experts: uniform, zipf:S, power-law:A, or the file of a routing trace that compare wrote.
     #[arg(long, value_name = "ROUTING", default_value = "uniform", help_heading = "Prediction")]
     pub routing: String,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// SGLang.
+    #[default]
+    Sglang,
+    /// vLLM.
+    Vllm,
+    /// NVIDIA TensorRT-LLM.
+    Trtllm,
+    /// This project: users see what iterations take, and nothing is added.
+    Moesaic,
+}
+
+impl From<BackendArg> for Stack {
+    fn from(arg: BackendArg) -> Stack {
+        match arg {
+            BackendArg::Sglang => Stack::Sglang,
+            BackendArg::Vllm => Stack::Vllm,
+            BackendArg::Trtllm => Stack::Trtllm,
+            BackendArg::Moesaic => Stack::Moesaic,
+        }
+    }
 }
 
 #[derive(Args)]

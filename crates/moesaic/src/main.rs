@@ -5,6 +5,7 @@ mod cmd;
 mod folder;
 mod plans;
 mod predicted;
+mod pricing;
 mod progress;
 
 use std::process::ExitCode;

@@ -3,17 +3,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
-use moesaic_plan::eplb::RoutingTrace;
+use anyhow::{Context, Result, ensure};
 use moesaic_plan::footprint::DEFAULT_BATCHED_TOKENS;
 use moesaic_plan::{Plan, PlanFile};
 use moesaic_planner::iteration::Layout;
-use moesaic_planner::load::{ExpertLoad, LoadModel};
+use moesaic_planner::load::ExpertLoad;
 use moesaic_planner::memory::DEFAULT_UTILIZATION;
 use moesaic_planner::predict::Predictor;
 use moesaic_spec::{Arrival, Cluster, ModelSpec, Workload};
 
-use crate::args::PredictArgs;
+use crate::args::{PredictArgs, PricingArgs};
 use crate::plans;
 
 /// A plan, checked, and what it serves.
@@ -24,6 +23,7 @@ pub(crate) struct Predicted {
     pub(crate) workload: Workload,
     pub(crate) layout: Layout,
     pub(crate) load: Option<Arc<ExpertLoad>>,
+    pub(crate) pricing: PricingArgs,
 }
 
 impl Predicted {
@@ -43,8 +43,8 @@ impl Predicted {
         }
         let plan = plans::resolve(file, &model, &cluster).with_context(|| path.display().to_string())?;
         let layout = Layout::of(&plan.file, &cluster);
-        let load = load(&args.routing, &model)?;
-        Ok(Predicted { plan, model, cluster, workload, layout, load })
+        let (load, pricing) = (args.pricing.load(&model)?, args.pricing.clone());
+        Ok(Predicted { plan, model, cluster, workload, layout, load, pricing })
     }
 
     /// Share of a GPU's memory that may be used.
@@ -59,37 +59,7 @@ impl Predicted {
 
     /// Predicts it.
     pub(crate) fn predictor(&self) -> Predictor<'_> {
-        Predictor { utilization: self.utilization(), ..Predictor::new(&self.model, &self.cluster, self.load.clone()) }
+        let predictor = self.pricing.predictor(&self.model, &self.cluster, self.load.clone());
+        Predictor { utilization: self.utilization(), ..predictor }
     }
-}
-
-/// `uniform`, `zipf:0.6`, `power-law:1.2`, or a routing trace's file; `None` for a model without experts.
-fn load(routing: &str, model: &ModelSpec) -> Result<Option<Arc<ExpertLoad>>> {
-    let Some(moe) = model.layers.iter().find_map(|ffn| ffn.as_moe()) else { return Ok(None) };
-    let (name, exponent) = routing.split_once(':').map_or((routing, None), |(name, value)| (name, Some(value)));
-    let exponent = || {
-        let number = exponent.and_then(|value| value.parse::<f64>().ok());
-        number
-            .with_context(|| format!("--routing is {routing}; a law has its exponent, as in zipf:0.6 or power-law:1.2"))
-    };
-    let law = match name {
-        "uniform" => LoadModel::Uniform,
-        "zipf" => LoadModel::Zipf(exponent()?),
-        "power-law" => LoadModel::PowerLaw(exponent()?),
-        _ => return Ok(Some(traced(routing, moe.num_experts)?.into())),
-    };
-    Ok(Some(ExpertLoad::new(law, moe.num_experts, moe.top_k)?.into()))
-}
-
-fn traced(path: &str, num_experts: usize) -> Result<ExpertLoad> {
-    if !Path::new(path).exists() {
-        bail!("--routing is {path}; uniform, zipf:S, power-law:A or the file of a routing trace is right");
-    }
-    let trace = RoutingTrace::from_json(&plans::text(Path::new(path))?).context(path.to_owned())?;
-    ensure!(
-        trace.num_experts == num_experts,
-        "{path}: the trace has {} experts, and the model {num_experts}",
-        trace.num_experts
-    );
-    Ok(ExpertLoad::traced(&trace)?)
 }

@@ -70,7 +70,8 @@ fn json_is_one_object() {
 #[test]
 fn a_cluster_grows_and_gpus_may_fail() {
     let temp = temp();
-    let args = ["qwen3-30b-a3b", "--cluster", "dgx-h100", "--gpus", "16", "--tolerate-failures", "1", "--zipf", "0.5"];
+    let args =
+        ["qwen3-30b-a3b", "--cluster", "dgx-h100", "--gpus", "16", "--tolerate-failures", "1", "--routing", "zipf:0.5"];
     let json = plan(temp.path(), &[&args[..], &["--json"]].concat()).json();
     assert_eq!(json["best"]["plan"]["cluster"], "dgx-h100-x2");
     assert_eq!(json["tolerate_failures"], 1);
@@ -87,7 +88,7 @@ fn what_cannot_be_is_refused() {
     refused(&["mixtral-8x7b", "--cluster", "dgx-h1000"], &["dgx-h1000", "dgx-h100"]);
     refused(&["mixtrall-8x7b", "--cluster", "dgx-h100"], &["mixtrall-8x7b", "mixtral-8x7b"]);
     refused(&["mixtral-8x7b", "--cluster", "dgx-h100", "--workload", "chatt"], &["chatt"]);
-    refused(&["mixtral-8x7b", "--cluster", "dgx-h100", "--zipf", "-1"], &["-1", "from 0 to 100"]);
+    refused(&["mixtral-8x7b", "--cluster", "dgx-h100", "--routing", "zipf:-1"], &["-1", "from 0 to 100"]);
     refused(
         &["mixtral-8x7b", "--cluster", "dgx-h100", "--gpus", "8", "--tolerate-failures", "8"],
         &["--tolerate-failures is 8", "fewer than the 8 GPUs"],

@@ -6,6 +6,7 @@ use moesaic_engine::{EngineConfig, Launch, Ranks, Request, SamplingParams, launc
 use moesaic_model::checkpoint::RandomWeights;
 use moesaic_plan::plan::{Mesh, Pool};
 use moesaic_plan::{Plan, PlanFile};
+use moesaic_planner::cost::Stack;
 use moesaic_planner::iteration::Layout;
 use moesaic_planner::predict::Predictor;
 use moesaic_planner::simulate::{Goals, Limits, Simulation, simulate_watched};
@@ -66,7 +67,7 @@ fn simulate(spec: &ModelSpec, file: &PlanFile) -> Steps {
     let simulation =
         Simulation { layout: &layout, workload: &workload, limits, goals: Goals::default(), stragglers: None };
     let mut steps = Vec::new();
-    simulate_watched(&mut Predictor::new(spec, &cluster, None), &simulation, |groups| {
+    simulate_watched(&mut Predictor::new(spec, &cluster, Stack::Moesaic, None), &simulation, |groups| {
         let seqs = || groups.iter().flat_map(|group| &group.batch.seqs);
         let all: usize = seqs().map(|seq| seq.token_ids.len()).sum();
         let answers = seqs().filter(|seq| seq.samples && seq.token_ids.len() == 1).count();

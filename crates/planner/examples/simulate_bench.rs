@@ -12,6 +12,7 @@ use moesaic_planner::network::{Library, Network};
 use moesaic_planner::predict::Predictor;
 use moesaic_planner::serving::Requests;
 use moesaic_planner::simulate::{Goals, Limits, Simulated, Simulation, simulate};
+use moesaic_planner::system::System;
 use moesaic_spec::{Arrival, TokenRange, Workload};
 
 const INPUT: usize = 1024;
@@ -53,7 +54,7 @@ fn main() {
         Network::new(&cluster, Library::Custom),
         Some(ExpertLoad::new(LoadModel::Uniform, 128, 8).unwrap().into()),
     );
-    let mut predictor = Predictor { iterations, utilization: 0.9, system_sd: (0.1, 0.1) };
+    let mut predictor = Predictor { iterations, utilization: 0.9, system: System::UNMEASURED };
     let plan = |tp: usize, dp: usize, placed: bool| Layout {
         tp,
         dp,

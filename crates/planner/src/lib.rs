@@ -50,6 +50,7 @@ pub mod report;
 pub mod search;
 pub mod serving;
 pub mod simulate;
+pub mod system;
 pub mod trace;
 pub mod training;
 pub mod validate;

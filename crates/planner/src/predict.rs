@@ -14,6 +14,7 @@ use crate::load::ExpertLoad;
 use crate::memory::{DEFAULT_UTILIZATION, Footprint, Memory};
 use crate::network::{Library, Network};
 use crate::serving::{self, Requests, Serving};
+use crate::system::{Seen, System};
 
 /// Predicts plans of one model on one cluster.
 pub struct Predictor<'a> {
@@ -21,21 +22,21 @@ pub struct Predictor<'a> {
     pub iterations: Iterations<'a>,
     /// Share of a GPU's memory that may be used.
     pub utilization: f64,
-    /// Standard deviation of the natural logarithm that a whole system adds to its parts, for the time per token and for the
-    /// time to the first.
-    pub system_sd: (f64, f64),
+    /// Who serves.
+    pub system: System,
 }
 
-/// Standard deviations of a whole system that nothing was measured of. Assumption: a tenth for the time per token, a fifth for
-/// the time to the first, which schedulers and hosts add to.
-const SYSTEM_SD: (f64, f64) = (0.1, 0.2);
-
 impl<'a> Predictor<'a> {
-    /// With the types of the model's own weights, and the kernels of [`Stack::default`]. Without `load`, all experts are loaded alike.
-    pub fn new(model: &'a ModelSpec, cluster: &'a Cluster, load: Option<Arc<ExpertLoad>>) -> Predictor<'a> {
-        let (costs, network) = (CostModel::new(&cluster.gpu, Stack::default()), Network::new(cluster, Library::Custom));
+    /// With the types of the model's own weights, and the kernels of a stack. Without `load`, all experts are loaded alike.
+    pub fn new(
+        model: &'a ModelSpec,
+        cluster: &'a Cluster,
+        stack: Stack,
+        load: Option<Arc<ExpertLoad>>,
+    ) -> Predictor<'a> {
+        let (costs, network) = (CostModel::new(&cluster.gpu, stack), Network::new(cluster, Library::Custom));
         let iterations = Iterations::new(model, cluster, Formats::of(model), costs, network, load);
-        Predictor { iterations, utilization: DEFAULT_UTILIZATION, system_sd: SYSTEM_SD }
+        Predictor { iterations, utilization: DEFAULT_UTILIZATION, system: System::of(stack) }
     }
 }
 
@@ -62,6 +63,7 @@ impl Predictor<'_> {
         let footprint = self.iterations.footprint(layout, requests.step_tokens)?;
         let kv_tokens = self.room(layout, &footprint, requests.input + requests.output)?;
         let serving = serving::aggregated(&mut self.iterations, layout, requests, kv_tokens)?;
+        let seen = self.system.seen(&mut self.iterations, layout, requests, kv_tokens, &serving)?;
         let prediction = Prediction::new(&Basis {
             layout,
             cluster,
@@ -69,7 +71,7 @@ impl Predictor<'_> {
             requests,
             footprint: &footprint,
             serving: &serving,
-            system_sd: self.system_sd,
+            seen: &seen,
         });
         Ok((serving, prediction))
     }
@@ -93,10 +95,6 @@ impl Predictor<'_> {
     }
 }
 
-/// [`Predictor::system_sd`] of a system that was not measured: a judgement, a factor of 1.2 for a token and 1.4 for the first
-/// one in nine of ten cases.
-pub const UNMEASURED_SYSTEM_SD: (f64, f64) = (0.11, 0.2);
-
 /// A figure, and between which two it lies nine times out of ten.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
@@ -109,7 +107,7 @@ pub struct Estimate {
 }
 
 /// Standard deviations of a normal distribution to the 5th and the 95th percentile.
-const NINETY: f64 = 1.645;
+pub(crate) const NINETY: f64 = 1.645;
 
 impl Estimate {
     /// With a standard deviation of its natural logarithm.
@@ -122,9 +120,25 @@ impl Estimate {
         Estimate { value: self.value * factor, low: self.low * factor, high: self.high * factor }
     }
 
-    /// What follows from a time: more time, less of it.
-    fn rate(value: f64, sd: f64) -> Estimate {
-        Estimate::new(value, sd)
+    /// Not less than a bound.
+    pub fn at_least(&self, bound: f64) -> Estimate {
+        Estimate { value: self.value.max(bound), low: self.low.max(bound), high: self.high.max(bound) }
+    }
+
+    /// Standard deviation of its natural logarithm.
+    pub fn sd(&self) -> f64 {
+        (self.high / self.low).ln() / (2.0 * NINETY)
+    }
+
+    /// With another, independent cause of error, of such a standard deviation of the natural logarithm.
+    pub fn widened(&self, sd: f64) -> Estimate {
+        let factor = |end: f64| (end / self.value).ln().abs().hypot(NINETY * sd).exp();
+        Estimate { value: self.value, low: self.value / factor(self.low), high: self.value * factor(self.high) }
+    }
+
+    /// 1 by it.
+    fn reciprocal(&self) -> Estimate {
+        Estimate { value: 1.0 / self.value, low: 1.0 / self.high, high: 1.0 / self.low }
     }
 }
 
@@ -209,20 +223,21 @@ pub struct Basis<'a> {
     pub footprint: &'a Footprint,
     /// Steady state.
     pub serving: &'a Serving,
-    /// Standard deviation of the natural logarithm that a whole system adds to its parts, for the time per token and for the
-    /// time to the first.
-    pub system_sd: (f64, f64),
+    /// What users see of it.
+    pub seen: &'a Seen,
 }
 
 impl Prediction {
     /// Sums up.
     pub fn new(basis: &Basis) -> Prediction {
-        let Basis { layout, cluster, serving, requests, footprint, .. } = *basis;
+        let Basis { layout, cluster, serving, requests, footprint, seen, .. } = *basis;
         let gpus = layout.ranks();
-        let seconds = serving.iteration_s();
-        let own_sd = |iteration: &Iteration| iteration.deviation / iteration.seconds;
-        let with = |system: f64| (serving.mean(own_sd).powi(2) + system * system).sqrt();
-        let (tpot_sd, ttft_sd) = (with(basis.system_sd.0), with(basis.system_sd.1));
+        let throughput = seen.throughput(serving, requests);
+        let tokens_per_s = Estimate::new(throughput, seen.tpot.sd());
+        let (pace, iteration_s) = (seen.pace(serving), serving.iteration_s());
+        let seconds = pace * iteration_s;
+        // Where a program's steps take longer than its iterations, GPUs wait; where they are shorter, all of it is.
+        let shared = pace.max(1.0) * iteration_s;
         let attention_ranks = (layout.pp * layout.tp * layout.dp) as f64;
         let pool_ranks = gpus as f64 - attention_ranks;
         let per_gpu = |of: fn(&crate::iteration::Cost) -> f64| {
@@ -232,17 +247,17 @@ impl Prediction {
         };
         let (flops, bytes, sent) = (per_gpu(|cost| cost.flops), per_gpu(|cost| cost.bytes), per_gpu(|cost| cost.sent));
         let peak = basis.formats.experts.peak(&cluster.gpu);
-        let per_token_s = gpus as f64 / serving.throughput;
+        let per_token_s = gpus as f64 / throughput;
         Prediction {
             gpus,
             concurrency: requests.concurrency,
-            ttft_s: Estimate::new(serving.ttft, ttft_sd),
-            tpot_s: Estimate::new(serving.tpot, tpot_sd),
-            itl_s: Estimate::new(serving.longest_itl, tpot_sd),
-            tokens_per_s_user: Estimate::rate(1.0 / serving.tpot, tpot_sd),
-            tokens_per_s: Estimate::rate(serving.throughput, tpot_sd),
-            tokens_per_s_gpu: Estimate::rate(serving.throughput / gpus as f64, tpot_sd),
-            gpu_utilization: serving.mean(|iteration| iteration.computing) / seconds,
+            ttft_s: seen.ttft,
+            tpot_s: seen.tpot,
+            itl_s: seen.tpot.times(serving.longest_itl / serving.tpot),
+            tokens_per_s_user: seen.tpot.reciprocal(),
+            tokens_per_s,
+            tokens_per_s_gpu: tokens_per_s.times(1.0 / gpus as f64),
+            gpu_utilization: serving.mean(|iteration| iteration.computing) / shared,
             mfu: flops / peak,
             mbu: bytes / cluster.gpu.memory_bandwidth,
             memory: Memory {
@@ -253,8 +268,8 @@ impl Prediction {
             },
             expert_memory: footprint.expert_rank,
             gpu_memory: cluster.gpu.memory.0 as f64,
-            communication: communication(serving),
-            network_efficiency: network_efficiency(layout, cluster, serving, sent),
+            communication: communication(serving, shared),
+            network_efficiency: network_efficiency(layout, cluster, serving, sent * seconds),
             imbalance: serving.mean(|iteration| iteration.imbalance),
             energy_j: energy::per_token(cluster, energy::Rates { flops, bytes, sent, peak }, per_token_s),
             usd_per_million: cluster.gpu.usd_per_hour.map(|usd| usd / 3600.0 * per_token_s * 1e6),
@@ -263,8 +278,8 @@ impl Prediction {
     }
 }
 
-fn communication(serving: &Serving) -> Vec<CommunicationShare> {
-    let seconds = serving.iteration_s();
+/// As shares of so many seconds of a step.
+fn communication(serving: &Serving, seconds: f64) -> Vec<CommunicationShare> {
     let exposed = serving.mean(Iteration::exposed);
     let all = serving.mean(|iteration| CLASSES.iter().map(|&class| iteration.communication(class)).sum());
     let share = |class: Collective| {
@@ -279,6 +294,7 @@ fn communication(serving: &Serving) -> Vec<CommunicationShare> {
 const CLASSES: [Collective; 4] =
     [Collective::AllReduce, Collective::AllToAll, Collective::SendReceive, Collective::AllGather];
 
+/// `sent` is bytes of an iteration.
 fn network_efficiency(layout: &Layout, cluster: &Cluster, serving: &Serving, sent: f64) -> f64 {
     let busy = serving.mean(|iteration| CLASSES.iter().map(|&class| iteration.communication(class)).sum());
     let class = if layout.ranks() > cluster.gpus_per_node {
@@ -287,7 +303,7 @@ fn network_efficiency(layout: &Layout, cluster: &Cluster, serving: &Serving, sen
         moesaic_spec::LinkClass::IntraNode
     };
     let possible = cluster.link(class).bandwidth_per_gpu * busy;
-    if possible > 0.0 { (sent * serving.iteration_s() / possible).min(1.0) } else { 0.0 }
+    if possible > 0.0 { (sent / possible).min(1.0) } else { 0.0 }
 }
 
 fn sources(serving: &Serving) -> Sources {

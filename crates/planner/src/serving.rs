@@ -32,21 +32,26 @@ impl Requests {
     /// The mean request of a workload, with as many at a time as it has users, or as it has in all; `None` where that follows
     /// from the plan, because requests come at a rate.
     pub fn of(workload: &Workload, step_tokens: f64) -> Option<Requests> {
-        let mean = |range: TokenRange| (range.min + range.max) as f64 / 2.0;
-        let equal = |range: TokenRange| range.min == range.max;
         let concurrency = match workload.arrival {
             Arrival::AtStart => workload.num_requests,
             Arrival::Closed { concurrency } => concurrency,
             Arrival::Poisson { .. } => return None,
         };
-        Some(Requests {
+        Some(Requests::at(workload, step_tokens, concurrency as f64))
+    }
+
+    /// The mean request of a workload, with so many at a time.
+    pub fn at(workload: &Workload, step_tokens: f64, concurrency: f64) -> Requests {
+        let mean = |range: TokenRange| (range.min + range.max) as f64 / 2.0;
+        let equal = |range: TokenRange| range.min == range.max;
+        Requests {
             input: mean(workload.input_tokens),
             output: mean(workload.output_tokens),
-            concurrency: concurrency as f64,
+            concurrency,
             prefix_hit: workload.prefix_hit,
             step_tokens,
             common_rhythm: equal(workload.input_tokens) && equal(workload.output_tokens),
-        })
+        }
     }
 
     /// Tokens of each prompt that are computed.

@@ -9,6 +9,7 @@ use moesaic_planner::network::{Library, Network};
 use moesaic_planner::predict::Predictor;
 use moesaic_planner::serving::Requests;
 use moesaic_planner::simulate::{Goals, Limits, Simulation, simulate, simulate_watched, trials};
+use moesaic_planner::system::System;
 use moesaic_spec::{Arrival, Cluster, ModelSpec, TokenRange, Workload};
 
 const LIMITS: Limits =
@@ -27,7 +28,7 @@ fn predictor<'a>(model: &'a ModelSpec, cluster: &'a Cluster) -> Predictor<'a> {
     let load = ExpertLoad::new(LoadModel::Zipf(0.4), 128, 8).unwrap();
     let (costs, network) = (CostModel::new(&cluster.gpu, Stack::Sglang), Network::new(cluster, Library::Custom));
     let iterations = Iterations::new(model, cluster, formats, costs, network, Some(load.into()));
-    Predictor { iterations, utilization: 0.9, system_sd: (0.05, 0.1) }
+    Predictor { iterations, utilization: 0.9, system: System::UNMEASURED }
 }
 
 fn layout(tp: usize, dp: usize) -> Layout {

@@ -1,8 +1,10 @@
 //! What would help: physics, and that what is said of parts adds up.
 
+use moesaic_planner::cost::Stack;
 use moesaic_planner::iteration::{ExpertLayout, Layout};
 use moesaic_planner::load::{ExpertLoad, LoadModel};
 use moesaic_planner::serving::Requests;
+use moesaic_planner::system::System;
 use moesaic_planner::whatif::{Bound, Change, Explained, Given, explain};
 use moesaic_spec::ModelSpec;
 
@@ -21,7 +23,8 @@ fn explained(model: &ModelSpec, layout: Layout, concurrency: f64) -> Explained {
     };
     let cluster = moesaic_spec::cluster_preset("dgx-h100-x2").unwrap();
     let load = Some(ExpertLoad::new(LoadModel::Zipf(0.8), 128, 8).unwrap().into());
-    explain(&Given { model, cluster, layout, requests, load, utilization: 0.9 }).unwrap()
+    let (stack, system) = (Stack::Sglang, System::UNMEASURED);
+    explain(&Given { model, cluster, layout, requests, load, utilization: 0.9, stack, system }).unwrap()
 }
 
 fn placed(dp: usize) -> Layout {

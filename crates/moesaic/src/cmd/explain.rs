@@ -50,6 +50,8 @@ fn prediction(predicted: &Predicted) -> Result<String> {
         requests,
         load: predicted.load.clone(),
         utilization: predicted.utilization(),
+        stack: predicted.pricing.backend.into(),
+        system: predicted.predictor().system,
     };
     match whatif::explain(&given) {
         Ok(explained) => Ok(explained.to_string()),

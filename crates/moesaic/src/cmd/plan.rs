@@ -7,17 +7,15 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use moesaic_planner::cost::{CostModel, Stack};
-use moesaic_planner::iteration::{Formats, Iterations};
-use moesaic_planner::load::{ExpertLoad, LoadModel};
+use clap::ValueEnum;
 use moesaic_planner::memory::DEFAULT_UTILIZATION;
-use moesaic_planner::network::{Library, Network};
-use moesaic_planner::predict::{Predictor, UNMEASURED_SYSTEM_SD};
+use moesaic_planner::predict::Predictor;
 use moesaic_planner::report::planning::{NoPlan, Planning, Proposal, Setting};
 use moesaic_planner::search::file::Names;
 use moesaic_planner::search::{Goals, Search, Space};
 use moesaic_planner::serving::Requests;
-use moesaic_spec::{Cluster, ModelSpec, TokenRange, Workload};
+use moesaic_planner::system::System;
+use moesaic_spec::{Cluster, Workload};
 
 use crate::args::PlanArgs;
 use crate::folder::named_spec;
@@ -59,18 +57,10 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
             cluster: &cluster,
             gpus: least..=most,
             compress: !args.exact_exchange,
-            uneven: args.zipf > 0.0,
+            uneven: args.pricing.uneven(),
             tolerate_failures: args.tolerate_failures,
         },
-        requests: Requests {
-            input: mean(workload.input_tokens),
-            output: mean(workload.output_tokens),
-            concurrency: 1.0,
-            prefix_hit: 0.0,
-            step_tokens: STEP_TOKENS as f64,
-            common_rhythm: workload.input_tokens.min == workload.input_tokens.max
-                && workload.output_tokens.min == workload.output_tokens.max,
-        },
+        requests: Requests::at(&workload, STEP_TOKENS as f64, 1.0),
         longest: longest as f64,
         goals: Goals { ttft: args.ttft, tpot: args.tpot },
         concurrencies: (!args.concurrency.is_empty())
@@ -80,7 +70,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     };
     let names = Names { model: &model_name, cluster: &cluster_name, workload: &args.workload };
     let setting = Setting { names, workload: &workload, top: usize::from(args.top) };
-    let mut predictor = predictor(&model, &cluster, args.zipf)?;
+    let mut predictor = args.pricing.predictor(&model, &cluster, args.pricing.load(&model)?);
     let working = patiently(format!("searching plans of {model_name} on up to {most} GPUs …"));
     let planning = Planning::new(&search, &mut predictor, &setting, assumptions(args, &workload))?;
     drop(working);
@@ -107,19 +97,6 @@ fn grown(cluster: &Cluster, name: &str, gpus: usize) -> Result<(Cluster, String)
     Ok((grown, name))
 }
 
-/// Prices of one model on one cluster.
-fn predictor<'a>(model: &'a ModelSpec, cluster: &'a Cluster, zipf: f64) -> Result<Predictor<'a>> {
-    let popularity = if zipf == 0.0 { LoadModel::Uniform } else { LoadModel::Zipf(zipf) };
-    let moe = model.layers.iter().find_map(|ffn| ffn.as_moe());
-    let load = moe.map(|moe| ExpertLoad::new(popularity, moe.num_experts, moe.top_k)).transpose().context("--zipf")?;
-    let (costs, network) = (CostModel::new(&cluster.gpu, Stack::default()), Network::new(cluster, Library::Custom));
-    Ok(Predictor {
-        iterations: Iterations::new(model, cluster, Formats::of(model), costs, network, load.map(Into::into)),
-        utilization: DEFAULT_UTILIZATION,
-        system_sd: UNMEASURED_SYSTEM_SD,
-    })
-}
-
 /// Says on standard error what takes long, if it does; until what it returns is dropped.
 fn patiently(what: String) -> mpsc::Sender<()> {
     let (working, done) = mpsc::channel();
@@ -131,24 +108,34 @@ fn patiently(what: String) -> mpsc::Sender<()> {
     working
 }
 
-fn mean(tokens: TokenRange) -> f64 {
-    (tokens.min + tokens.max) as f64 / 2.0
-}
-
 fn assumptions(args: &PlanArgs, workload: &Workload) -> Vec<String> {
-    let (input, output) = (mean(workload.input_tokens), mean(workload.output_tokens));
-    let load = match args.zipf {
-        0.0 => "All experts are equally popular; the fullest rank has what chance gives it.".to_owned(),
-        s => format!("The i-th most popular expert is chosen by i to the power of -{s}."),
+    let Requests { input, output, prefix_hit, .. } = Requests::at(workload, 0.0, 1.0);
+    let prefix = match prefix_hit {
+        0.0 => "no prefix cached".to_owned(),
+        share => format!("{:.0} % of prompts cached", 100.0 * share),
+    };
+    let load = match &args.pricing.routing[..] {
+        "uniform" => "All experts are equally popular; the fullest rank has what chance gives it.".to_owned(),
+        routing => format!("Experts are loaded unevenly ({routing})."),
+    };
+    let system = match System::of(args.pricing.backend.into()) {
+        System::Measured => format!(
+            "{} serves: its kernels, and what it was measured to add to them.",
+            args.pricing.backend.to_possible_value().expect("no value is hidden").get_name()
+        ),
+        System::Unmeasured { .. } => {
+            "Users see what iterations take; a program that serves adds its own time.".to_owned()
+        }
     };
     vec![
         format!(
-            "Prompts of {input} tokens and answers of {output}, in the mean, and no prefix cached; of a workload only lengths \
-             count."
+            "Prompts of {input} tokens and answers of {output}, in the mean, and {prefix}; of a workload only lengths and \
+             prefixes count."
         ),
         "Users ask the next question when the last one is answered.".to_owned(),
         format!("Prompts are read beside answers, {STEP_TOKENS} tokens of a group in one iteration at most."),
         load,
+        system,
         format!("{:.0} % of a GPU's memory may be used; keys and values are in 16 bits.", 100.0 * DEFAULT_UTILIZATION),
         "Intervals hold 9 of 10 systems, if prices of parts err independently and systems add what parts do not show."
             .to_owned(),

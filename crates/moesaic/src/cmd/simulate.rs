@@ -65,7 +65,7 @@ fn report(args: &SimulateArgs, predicted: &Predicted) -> Result<SimulationReport
         model: ModelFacts::of(&plan.file.model, model),
         cluster: ClusterFacts::of(cluster),
         workload: workload_line(&workload),
-        routing: if predicted.load.is_some() { args.predict.routing.clone() } else { "none".to_owned() },
+        routing: if predicted.load.is_some() { args.predict.pricing.routing.clone() } else { "none".to_owned() },
         simulated,
         trials: (args.trials > 1).then_some(summary),
         closed_form,

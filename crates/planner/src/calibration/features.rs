@@ -5,7 +5,7 @@ use crate::validate::physics::Case;
 use crate::validate::served::Deployment;
 
 /// Names of the coordinates.
-pub const NAMES: [&str; 24] = [
+pub const NAMES: [&str; 23] = [
     "input",
     "output",
     "concurrency",
@@ -21,8 +21,7 @@ pub const NAMES: [&str; 24] = [
     "trtllm",
     "vllm",
     "sglang",
-    "dense_fp8",
-    "dense_fp8_block",
+    "dense_8_bits",
     "experts_4_bits",
     "active_parameters",
     "parameters",
@@ -58,8 +57,7 @@ pub fn of(case: &Case) -> Vec<f64> {
         flag(case.stack == Stack::Trtllm),
         flag(case.stack == Stack::Vllm),
         flag(case.stack == Stack::Sglang),
-        flag(case.formats.dense == Precision::Fp8),
-        flag(case.formats.dense == Precision::Fp8Block),
+        flag(matches!(case.formats.dense, Precision::Fp8 | Precision::Fp8Block)),
         flag(matches!(case.formats.experts, Precision::F4 | Precision::Int4)),
         case.params.0.ln(),
         case.params.1.ln(),

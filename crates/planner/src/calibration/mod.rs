@@ -13,14 +13,15 @@
 pub mod efficiency;
 pub mod features;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
 
 use moesaic_fit::{Kriging, Point};
+use moesaic_spec::ModelSpec;
 use serde::{Deserialize, Serialize};
 
 use crate::cost::Stack;
-use crate::predict::Estimate;
+use crate::predict::{Estimate, NINETY};
 use crate::validate::physics::{Case, cases};
 use crate::validate::served::{Deployment, ServedFile};
 use efficiency::{Efficiency, Terms};
@@ -42,6 +43,14 @@ pub enum Target {
 impl Target {
     /// Both.
     pub const ALL: [Target; 2] = [Target::Ttft, Target::Tpot];
+
+    /// What no program beats, seconds.
+    pub fn least(self, case: &Case) -> f64 {
+        match self {
+            Target::Ttft => case.physics.least_ttft,
+            Target::Tpot => case.physics.least_tpot,
+        }
+    }
 
     /// What was measured, seconds.
     pub fn measured(self, case: &Case) -> Option<f64> {
@@ -90,31 +99,96 @@ impl Learned {
         }
     }
 
-    /// From rows: the scales under which each is the most likely, given those of other measurements; and by how much
-    /// standard deviations must grow for nine of ten to lie in their interval.
+    /// From rows: the scales under which each is the most likely, given those of other measurements; and what standard
+    /// deviations are to be for nine of ten to lie in their interval.
     pub fn learn(cases: &[Case]) -> Learned {
         let reach = |target: Target| {
             let cases: Vec<&Case> = cases.iter().filter(|case| target.measured(case).is_some()).collect();
             let layers = Layers::fit(&cases, target);
             let groups = same_measurements(&cases);
             let start: Vec<f64> = features::NAMES.iter().map(|_| START_SCALE).collect();
-            let kriging = Kriging::fit(layers.points(&cases, target), &start, Some(&groups));
-            let mut z: Vec<f64> = kriging
-                .leave_group_out(&groups)
-                .iter()
-                .zip(layers.points(&cases, target))
-                .map(|(estimate, point)| (estimate.mean - point.value).abs() / estimate.sd)
-                .collect();
-            z.sort_by(f64::total_cmp);
+            let points = layers.points(&cases, target);
+            let kriging = Kriging::fit(points.clone(), &start, Some(&groups));
+            let left = kriging.leave_group_out(&groups);
+            let of_way = |aggregated: bool| {
+                let of = cases.iter().zip(left.iter().zip(&points));
+                let of = of.filter(|(case, _)| (program(case).1 == Way::Aggregated) == aggregated);
+                of.map(|(_, (estimate, point))| ((estimate.mean - point.value), estimate.sd)).collect::<Vec<_>>()
+            };
             Reach {
                 scales: features::NAMES.iter().map(|&name| name.to_owned()).zip(kriging.scales().to_vec()).collect(),
                 sill: kriging.sill(),
                 nugget: kriging.nugget(),
-                widening: z[(z.len() as f64 * 0.9) as usize] / NINETY,
+                spread: Spreads {
+                    aggregated: Spread::of(&of_way(true)),
+                    disaggregated: Spread::of(&of_way(false)),
+                    new_model: Spread { factor: 1.0, added: 0.0 },
+                },
+                shared: 0.0,
             }
         };
-        Learned { ttft: reach(Target::Ttft), tpot: reach(Target::Tpot) }
+        let mut learned = Learned { ttft: reach(Target::Ttft), tpot: reach(Target::Tpot) };
+        for target in Target::ALL {
+            let errors = of_new_models(cases, &learned, target);
+            let reach = match target {
+                Target::Ttft => &mut learned.ttft,
+                Target::Tpot => &mut learned.tpot,
+            };
+            reach.shared = shared(&errors);
+            let all: Vec<(f64, f64)> = errors.into_values().flatten().collect();
+            reach.spread.new_model = Spread::of(&all);
+        }
+        learned
     }
+}
+
+/// Errors of the natural logarithm with the standard deviations that were expected, of each model by the other ones.
+fn of_new_models(cases: &[Case], learned: &Learned, target: Target) -> BTreeMap<String, Vec<(f64, f64)>> {
+    let models: BTreeSet<String> = cases.iter().map(model).collect();
+    let of_model = |left_out: String| {
+        let known: Vec<Case> = cases.iter().filter(|case| model(case) != left_out).cloned().collect();
+        let corrector = Corrector::new(&known, target, learned.of(target));
+        let error = |case: &Case| {
+            let (ln_seconds, sd) = corrector.predict(case, target);
+            Some((ln_seconds - target.measured(case)?.ln(), sd))
+        };
+        let errors = cases.iter().filter(|case| model(case) == left_out).filter_map(error).collect();
+        (left_out, errors)
+    };
+    models.into_iter().map(of_model).collect()
+}
+
+impl Spread {
+    /// From errors and the standard deviations that were expected.
+    fn of(errors: &[(f64, f64)]) -> Spread {
+        // The ninth of ten.
+        let of_ten = |values: Vec<f64>| {
+            let mut values = values;
+            values.sort_by(f64::total_cmp);
+            values[(values.len() as f64 * 0.9) as usize]
+        };
+        let factor = of_ten(errors.iter().map(|(error, sd)| error.abs() / NINETY / sd).collect()).min(1.0);
+        let missing = |(error, sd): &(f64, f64)| ((error / NINETY).powi(2) - (factor * sd).powi(2)).max(0.0).sqrt();
+        Spread { factor, added: of_ten(errors.iter().map(missing).collect()) }
+    }
+
+    /// The standard deviation that is to be expected.
+    fn sd(self, sd: f64) -> f64 {
+        (self.factor * sd).hypot(self.added)
+    }
+}
+
+/// Share of the variance of errors that is between groups.
+fn shared(groups: &BTreeMap<String, Vec<(f64, f64)>>) -> f64 {
+    let groups: Vec<Vec<f64>> = groups.values().map(|group| group.iter().map(|(error, _)| *error).collect()).collect();
+    // What differs within a group, each with a degree of freedom less than it has members.
+    let mean = |group: &[f64]| group.iter().sum::<f64>() / group.len() as f64;
+    let within = |group: &Vec<f64>| group.iter().map(|error| (error - mean(group)).powi(2)).sum::<f64>();
+    let freedom: usize = groups.iter().map(|group| group.len().saturating_sub(1)).sum();
+    let apart = groups.iter().map(within).sum::<f64>() / freedom as f64;
+    let rows: usize = groups.iter().map(Vec::len).sum();
+    let all = groups.iter().flatten().map(|error| error * error).sum::<f64>() / rows as f64;
+    (1.0 - apart / all).clamp(0.0, 1.0)
 }
 
 /// How far what one deployment took speaks for others.
@@ -126,14 +200,36 @@ pub struct Reach {
     pub sill: f64,
     /// Variance of a measurement, repeated.
     pub nugget: f64,
-    /// By how much standard deviations grow.
-    pub widening: f64,
+    /// What standard deviations are, by how far they were off.
+    pub spread: Spreads,
+    /// Share of the variance of errors that deployments of a model have in common, where the model was never measured.
+    pub shared: f64,
+}
+
+/// What standard deviations are to be for nine of ten measurements to lie in their interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spreads {
+    /// Of models that were measured, where the same ranks read and answer.
+    pub aggregated: Spread,
+    /// The same where some ranks read and some answer.
+    pub disaggregated: Spread,
+    /// Of models that were never measured.
+    pub new_model: Spread,
+}
+
+/// By how much a standard deviation shrinks, and what is added to it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spread {
+    /// A factor, at most 1.
+    pub factor: f64,
+    /// Another, independent standard deviation.
+    pub added: f64,
 }
 
 /// Length scales where their search begins.
 const START_SCALE: f64 = 5.0;
-/// Standard deviations of a normal distribution to the 95th percentile.
-const NINETY: f64 = 1.645;
+/// Variance of what may be left over, by that of what the layers leave of measurements: a judgement that held-out rows agree to.
+const SPREAD: f64 = 4.0;
 
 /// Knows what was measured, and predicts.
 pub struct Calibration {
@@ -172,7 +268,18 @@ impl Calibration {
             Target::Ttft => &self.ttft,
             Target::Tpot => &self.tpot,
         };
-        corrector.predict(case, target)
+        let (ln_seconds, sd) = corrector.predict(case, target);
+        Estimate::new(ln_seconds.exp(), corrector.spread(case).sd(sd))
+    }
+
+    /// Share of the variance of errors of throughput that deployments of a model have in common, so that it cancels in
+    /// comparisons: measured models differ by what is special of each deployment, others by what nobody knows of the model.
+    pub fn shared(&self, model: &ModelSpec) -> f64 {
+        if self.tpot.layers.of_model.contains_key(&model.counts().params_total.to_string()) {
+            0.0
+        } else {
+            self.tpot.shared
+        }
     }
 }
 
@@ -183,7 +290,8 @@ struct Corrector {
     measured: Vec<(f64, f64)>,
     /// Standard deviation of what the layers leave.
     left_over: f64,
-    widening: f64,
+    spread: Spreads,
+    shared: f64,
 }
 
 impl Corrector {
@@ -202,10 +310,19 @@ impl Corrector {
         let squares: f64 = points.iter().map(|point| point.value * point.value).sum();
         let left_over = (squares / points.len().max(1) as f64).sqrt();
         let kriging = Kriging::new(points, scales, reach.sill, reach.nugget);
-        Corrector { layers, kriging, measured, left_over, widening: reach.widening }
+        Corrector { layers, kriging, measured, left_over, spread: reach.spread, shared: reach.shared }
     }
 
-    fn predict(&self, case: &Case, target: Target) -> Estimate {
+    fn spread(&self, case: &Case) -> Spread {
+        match (self.layers.of_model.contains_key(&model(case)), program(case).1) {
+            (false, _) => self.spread.new_model,
+            (true, Way::Aggregated) => self.spread.aggregated,
+            (true, Way::Disaggregated | Way::Uncounted) => self.spread.disaggregated,
+        }
+    }
+
+    /// The natural logarithm of the seconds, with its standard deviation as kriging has it.
+    fn predict(&self, case: &Case, target: Target) -> (f64, f64) {
         // Beyond what was measured its edge speaks, the less the further: what holds up to 16 ranks need not hold for 320.
         let (mut at, mut beyond) = (features::of(case), 0.0);
         for (x, (low, high)) in at.iter_mut().zip(&self.measured) {
@@ -215,7 +332,9 @@ impl Corrector {
         }
         let (left, trust) = (self.kriging.predict(&at), f64::exp(-beyond));
         let sd = trust * left.sd + (1.0 - trust) * self.left_over;
-        Estimate::new((self.layers.ln_seconds(case, target) + trust * left.mean).exp(), sd * self.widening)
+        // What is known only vaguely counts less: the layers leave little that is not small.
+        let vague = left.sd * left.sd / (SPREAD * self.left_over * self.left_over);
+        (self.layers.ln_seconds(case, target) + trust * left.mean / (1.0 + vague), sd)
     }
 }
 

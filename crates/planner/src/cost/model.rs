@@ -56,6 +56,11 @@ impl CostModel {
         CostModel::of(gpu, stack, self.factors.clone())
     }
 
+    /// Whose kernels are priced.
+    pub fn stack(&self) -> Stack {
+        self.stack
+    }
+
     /// What an op costs with the kernel that the stack uses for it.
     pub fn price(&self, op: &Op) -> Price {
         self.price_kernel(op, None)

@@ -491,6 +491,11 @@ impl<'a> Iterations<'a> {
         Ok(self.cuts.values[cut].parts.clone())
     }
 
+    /// Prices of ops.
+    pub fn costs(&self) -> &CostModel {
+        &self.costs
+    }
+
     /// Prices of communication.
     pub fn network(&self) -> &Network {
         &self.network

@@ -17,6 +17,7 @@ use crate::network::{Library, Network};
 use crate::predict::{Basis, Estimate, Prediction};
 use crate::report::format::percent;
 use crate::serving::{Requests, Serving};
+use crate::system::Seen;
 
 /// What one step does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,9 +157,9 @@ impl Answer {
     }
 }
 
-/// Standard deviation of the logarithm that a whole system adds to its parts, for the time per token and for the time to the
-/// first: a judgement, schedulers and frameworks cost served models a factor of 1.3 either way in nine of ten cases.
-const SYSTEM_SD: (f64, f64) = (0.15, 0.15);
+/// Standard deviation of the logarithm that a whole system adds to its parts: a judgement, schedulers and frameworks cost
+/// served models a factor of 1.3 either way in nine of ten cases.
+const SYSTEM_SD: f64 = 0.15;
 
 /// How much of their errors two predictions on the same hardware share: a judgement.
 const SHARED_ERROR: f64 = 0.5;
@@ -236,7 +237,7 @@ impl<'a> Lab<'a> {
             requests: &requests,
             footprint: &footprint,
             serving: &serving,
-            system_sd: SYSTEM_SD,
+            seen: &Seen::unmeasured(&serving, SYSTEM_SD, SYSTEM_SD),
         });
         Ok((prediction, step))
     }

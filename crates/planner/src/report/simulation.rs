@@ -14,7 +14,7 @@ use crate::simulate::{Distribution, Goals, Moment, Simulated, Trials};
 
 /// What the report says about its times.
 const ABOUT: &str = "The scheduler that serves was run, step by step, on a virtual clock: which tokens run when is what it \
-     decided; what a step takes is priced for the named cluster. Nothing was measured on that cluster.";
+     decided; what a step takes is priced for the named cluster, and paced as measurements of the program show.";
 
 /// Titles of the tables that have plots.
 const LATENCY: &str = "Latency, ms";

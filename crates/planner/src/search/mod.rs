@@ -10,6 +10,7 @@ mod failures;
 pub mod file;
 pub mod frontier;
 mod regret;
+mod seen;
 
 use std::collections::BTreeSet;
 

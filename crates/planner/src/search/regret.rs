@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::predict::Estimate;
+use crate::predict::{Estimate, NINETY};
 
 /// The cost of trusting the prediction.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,13 +16,11 @@ pub struct Regret {
     pub worst: f64,
 }
 
-/// Of two throughputs whose logarithms err independently. Errors that both have in common cancel in truth, so this is more
-/// than what is to be feared.
-pub fn regret(best: &Estimate, runner_up: &Estimate) -> Regret {
-    // An interval of 90 % is 2 · 1.645 standard deviations wide.
-    let sd = |estimate: &Estimate| (estimate.high / estimate.low).ln() / 3.29;
-    let (behind, sd) = ((runner_up.value / best.value).ln(), sd(best).hypot(sd(runner_up)));
-    let worst = (1.0 - best.low / runner_up.high).max(0.0);
+/// Of two throughputs whose logarithms err, `shared` of the variance in common: that cancels.
+pub fn regret(best: &Estimate, runner_up: &Estimate, shared: f64) -> Regret {
+    let own = |estimate: &Estimate| estimate.sd() * (1.0 - shared).sqrt();
+    let (behind, sd) = ((runner_up.value / best.value).ln(), own(best).hypot(own(runner_up)));
+    let worst = (1.0 - (-behind - NINETY * (own(best) + own(runner_up))).exp()).max(0.0);
     if sd == 0.0 {
         return Regret { probability: f64::from(behind > 0.0), expected: behind.exp_m1().max(0.0), worst };
     }
@@ -50,12 +48,15 @@ mod tests {
     #[test]
     fn equals_are_a_coin_toss() {
         let of = |value: f64| Estimate::new(value, 0.1);
-        let even = regret(&of(100.0), &of(100.0));
+        let even = regret(&of(100.0), &of(100.0), 0.0);
         assert!((even.probability - 0.5).abs() < 1e-6, "{even:?}");
         // sd √2 · 0.1, times the density at 0.
         assert!((even.expected - 0.1414 * 0.3989).abs() < 1e-4, "{even:?}");
-        let ahead = regret(&of(100.0), &of(50.0));
+        let ahead = regret(&of(100.0), &of(50.0), 0.0);
         assert!(ahead.probability < 1e-6 && ahead.expected < 1e-6 && ahead.worst == 0.0, "{ahead:?}");
+        // What both have in common cancels.
+        let alike = regret(&of(100.0), &of(100.0), 0.75);
+        assert!((alike.expected / even.expected - 0.5).abs() < 1e-6 && alike.worst < even.worst, "{alike:?}");
         assert!((normal(1.645) - 0.95).abs() < 1e-4);
     }
 }

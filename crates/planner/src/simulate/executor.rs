@@ -17,6 +17,8 @@ pub(super) struct Priced<'p, 'm> {
     pub(super) resolved: Resolved<'p>,
     /// Where the load of the fullest rank is drawn from; without, it is the mean.
     pub(super) stragglers: Option<SplitMix64>,
+    /// Seconds of a step, by those of its iteration.
+    pub(super) pace: f64,
     pub(super) clock: Clock,
 }
 
@@ -25,10 +27,8 @@ pub(super) struct Priced<'p, 'm> {
 pub(super) struct Clock {
     /// Seconds since the start.
     pub(super) now: f64,
-    /// Seconds of all iterations.
+    /// Seconds of all steps.
     pub(super) busy: f64,
-    /// Standard deviation of that, prices being wrong in the same direction in all of them.
-    pub(super) deviation: f64,
     /// Seconds in which a rank with attention computes.
     pub(super) computing: f64,
     /// Seconds of communication by class.
@@ -44,17 +44,18 @@ pub(super) struct Clock {
 }
 
 impl Clock {
-    fn pass(&mut self, iteration: &Iteration, batch: Batch) {
-        self.now += iteration.seconds;
-        self.busy += iteration.seconds;
-        self.deviation += iteration.deviation;
-        self.computing += iteration.computing;
+    fn pass(&mut self, iteration: &Iteration, pace: f64, batch: Batch) {
+        self.now += pace * iteration.seconds;
+        self.busy += pace * iteration.seconds;
+        // Where a step takes longer than its iteration, GPUs wait; where it is shorter, all of it is.
+        let shorter = pace.min(1.0);
+        self.computing += shorter * iteration.computing;
         for (sum, class) in self.classes.iter_mut().zip(CLASSES) {
-            *sum += iteration.communication(class);
+            *sum += shorter * iteration.communication(class);
         }
         self.spent[0] = self.spent[0].plus(iteration.attention_rank);
         self.spent[1] = self.spent[1].plus(iteration.expert_rank);
-        self.imbalance += iteration.imbalance * iteration.seconds;
+        self.imbalance += iteration.imbalance * pace * iteration.seconds;
         self.steps += 1;
         self.steps_with_prefill += u64::from(batch.prefill_tokens > 0.0);
         self.last = batch;
@@ -104,7 +105,7 @@ impl Execute for Priced<'_, '_> {
         let batch = self.fullest(batches);
         let deviations = self.stragglers.as_mut().map_or(0.0, normal);
         let iteration = self.iterations.price_straggling(&self.resolved, &batch, deviations);
-        self.clock.pass(&iteration, batch);
+        self.clock.pass(&iteration, self.pace, batch);
         let output = |batch: &StepBatch| {
             let sampled = batch.seqs.iter().filter(|seq| seq.samples).map(|seq| (seq.id, 0)).collect();
             StepOutput { sampled }

@@ -7,6 +7,7 @@
 mod asks;
 mod distribution;
 mod executor;
+mod pace;
 mod record;
 mod result;
 mod trials;
@@ -24,6 +25,7 @@ use crate::PlannerError;
 use crate::iteration::{Iterations, Layout, Resolved};
 use crate::predict::Predictor;
 use executor::{Clock, Priced};
+use pace::Pace;
 use record::Record;
 
 /// Limits of the scheduler of each data-parallel group.
@@ -90,18 +92,31 @@ pub fn simulate_watched(
 ) -> Result<Simulated, PlannerError> {
     let Simulation { layout, workload, limits, .. } = *simulation;
     let footprint = predictor.iterations.footprint(layout, limits.max_num_batched_tokens as f64)?;
-    let longest = workload.longest();
-    let kv_tokens = predictor.room(layout, &footprint, longest as f64)?;
-    let schedulers = schedulers(simulation, longest, kv_tokens)?;
-    let resolved = predictor.iterations.resolve(layout)?;
-    let mut run = Run::new(simulation, &mut predictor.iterations, resolved, schedulers, kv_tokens);
-    run.finish(&mut watch)?;
-    let Run { record, executor, schedulers, .. } = run;
-    Ok(result::sum_up(simulation, executor.iterations, &record, &executor.clock, &schedulers, kv_tokens))
+    let kv_tokens = predictor.room(layout, &footprint, workload.longest() as f64)?;
+    let bare = |predictor: &mut Predictor| run(predictor, simulation, kv_tokens, pace::BARE, &mut |_| ());
+    let pace = pace::of(predictor, simulation, kv_tokens, bare)?;
+    run(predictor, simulation, kv_tokens, pace, &mut watch)
 }
 
-fn schedulers(simulation: &Simulation, longest: usize, kv_tokens: f64) -> Result<Vec<Scheduler>, PlannerError> {
+fn run(
+    predictor: &mut Predictor,
+    simulation: &Simulation,
+    kv_tokens: f64,
+    pace: Pace,
+    watch: &mut dyn FnMut(&[DrivenStep]),
+) -> Result<Simulated, PlannerError> {
+    let schedulers = schedulers(simulation, kv_tokens)?;
+    let resolved = predictor.iterations.resolve(simulation.layout)?;
+    let mut run = Run::new(simulation, &mut predictor.iterations, resolved, schedulers, kv_tokens, pace);
+    run.finish(watch)?;
+    let Run { record, executor, schedulers, .. } = run;
+    let simulated = result::sum_up(simulation, executor.iterations, &record, &executor.clock, &schedulers, kv_tokens);
+    Ok(Simulated { ttft_sd: pace.ttft_sd, tpot_sd: pace.tpot_sd, ..simulated })
+}
+
+fn schedulers(simulation: &Simulation, kv_tokens: f64) -> Result<Vec<Scheduler>, PlannerError> {
     let Simulation { layout, workload, limits, .. } = simulation;
+    let longest = workload.longest();
     let enable_prefix_caching = workload.prefix_hit > 0.0;
     let mut num_blocks = (kv_tokens / limits.block_size as f64).min(f64::from(u32::MAX)) as usize;
     if !enable_prefix_caching {
@@ -144,6 +159,7 @@ impl<'p, 'm> Run<'p, 'm> {
         resolved: Resolved<'p>,
         schedulers: Vec<Scheduler>,
         kv_tokens: f64,
+        pace: Pace,
     ) -> Run<'p, 'm> {
         let asks = asks::asks(simulation.workload);
         let record = Record::new(asks.len(), simulation.workload.arrival);
@@ -156,7 +172,7 @@ impl<'p, 'm> Run<'p, 'm> {
             open: vec![0; schedulers.len()],
             kv_blocks: (kv_tokens / simulation.limits.block_size as f64).floor() * schedulers.len() as f64,
             schedulers,
-            executor: Priced { iterations, resolved, stragglers, clock: Clock::default() },
+            executor: Priced { iterations, resolved, stragglers, pace: pace.factor, clock: Clock::default() },
             record,
         }
     }

@@ -114,8 +114,10 @@ pub struct Simulated {
     pub steady: Option<Steady>,
     /// Requests that met the goals, if there are goals.
     pub goodput: Option<Goodput>,
-    /// Standard deviation of the natural logarithm of the time that iterations take, because prices are not exact.
-    pub price_sd: f64,
+    /// Standard deviation of the natural logarithm of the time to first token, by what prices and the system are off.
+    pub ttft_sd: f64,
+    /// The same of the time per output token.
+    pub tpot_sd: f64,
     /// Tokens that the KV cache of one group holds.
     pub kv_tokens: f64,
     /// Share of the KV cache that is used, mean over time.
@@ -207,7 +209,8 @@ pub(super) fn sum_up(
             share: met / requests.len() as f64,
             requests_per_s: per_s(met),
         }),
-        price_sd: share(clock.deviation, clock.busy),
+        ttft_sd: 0.0,
+        tpot_sd: 0.0,
         kv_tokens,
         kv_use_mean: over_time(|moment| moment.kv_use),
         kv_use_max: record.moments.iter().map(|moment| moment.kv_use).fold(0.0, f64::max),

@@ -42,14 +42,14 @@ pub fn trials(
         let stragglers = simulation.stragglers.map(|seed| seed.wrapping_add(trial));
         all.push(simulate(predictor, &Simulation { workload: &workload, stragglers, ..*simulation })?);
     }
-    let (tpot_sd, ttft_sd) = predictor.system_sd;
-    let of = |system_sd: f64, of: &dyn Fn(&Simulated) -> f64| {
+    let Simulated { ttft_sd, tpot_sd, .. } = all[0];
+    let of = |sd: f64, of: &dyn Fn(&Simulated) -> f64| {
         let values: Vec<f64> = all.iter().map(of).collect();
         let mean = values.iter().sum::<f64>() / values.len() as f64;
         let variance =
             values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (values.len() - 1).max(1) as f64;
         let between = if mean > 0.0 { variance / (mean * mean) } else { 0.0 };
-        Estimate::new(mean, (between + all[0].price_sd.powi(2) + system_sd * system_sd).sqrt())
+        Estimate::new(mean, (between + sd * sd).sqrt())
     };
     let summary = Trials {
         trials: all.len(),

@@ -9,10 +9,10 @@ use serde::Serialize;
 use super::served::{Deployment, Served, Worker};
 use crate::PlannerError;
 use crate::cost::{CostModel, Precision, Stack};
-use crate::iteration::{Batch, ExpertLayout, Formats, Iterations, Layout};
+use crate::iteration::{Batch, Cost, ExpertLayout, Formats, Iteration, Iterations, Layout};
 use crate::memory::DEFAULT_UTILIZATION;
 use crate::network::{Library, Network};
-use crate::serving::{self, Pool, Requests};
+use crate::serving::{self, Pool, Requests, Serving};
 
 /// Systems by the names that files have, and the clusters that they are.
 const SYSTEMS: [(&str, &str); 3] = [("h100_sxm", "dgx-h100"), ("h200_sxm", "hgx-h200"), ("h800_sxm", "hgx-h800")];
@@ -52,6 +52,10 @@ pub struct Physics {
     pub crowd: f64,
     /// Requests that the KV cache holds, over those that are asked for; at most 1.
     pub fitting: f64,
+    /// What no program beats: [`Physics::tpot`] at least, by the peak and the bandwidth, seconds.
+    pub least_tpot: f64,
+    /// The same of [`Physics::ttft`], seconds.
+    pub least_ttft: f64,
 }
 
 /// Why a row is passed over.
@@ -198,23 +202,18 @@ impl Physics {
     pub fn of(iterations: &mut Iterations, spread: Spread, requests: &Requests) -> Result<Physics, PlannerError> {
         let cluster = iterations.cluster();
         let tokens = requests.input + requests.output;
-        let (reads, answers) = match spread {
-            Spread::Aggregated(layout) => (layout, layout),
-            Spread::Disaggregated { prefill, decode } => (prefill.layout, decode.layout),
+        let answers = match spread {
+            Spread::Aggregated(layout) => layout,
+            Spread::Disaggregated { decode, .. } => decode.layout,
         };
         let footprint = iterations.footprint(answers, requests.step_tokens)?;
         let budget = cluster.gpu.memory.0 as f64 * DEFAULT_UTILIZATION;
         // Who was measured did serve, so at least one request fits.
         let room = footprint.kv_tokens(budget).unwrap_or(tokens).max(tokens);
-        let chunk = requests.input.min(requests.step_tokens);
-        let steps = (requests.input / chunk).ceil();
-        let prefill_s = iterations.price(reads, &Batch::prefill(1.0, chunk))?.seconds * steps;
-        let (serving, crowd, readers, answerers) = match spread {
+        match spread {
             Spread::Aggregated(layout) => {
                 let serving = serving::aggregated(iterations, layout, requests, room)?;
-                let waiting = (requests.concurrency / serving.running - 1.0).max(0.0);
-                let groups = layout.dp as f64;
-                (serving, waiting * requests.output * serving.tpot, groups, groups)
+                Physics::of_serving(iterations, layout, requests, room, &serving)
             }
             Spread::Disaggregated { prefill, decode } => {
                 let bytes = footprint.kv_bytes_per_token * requests.input;
@@ -222,18 +221,72 @@ impl Physics {
                 let transfer = link.latency_s + bytes / link.bandwidth_per_gpu;
                 let serving = serving::disaggregated(iterations, prefill, decode, requests, transfer)?;
                 let groups = |pool: Pool| pool.workers * pool.layout.dp as f64;
-                (serving, 0.0, groups(prefill), groups(decode))
+                let reading = Reading::of(iterations, prefill.layout, requests)?;
+                Ok(reading.physics(iterations, requests, room, &serving, [groups(prefill), groups(decode)]))
             }
+        }
+    }
+
+    /// Of a steady state of ranks that read and answer; `kv_tokens` is what the KV cache of one group holds.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn of_serving(
+        iterations: &mut Iterations,
+        layout: &Layout,
+        requests: &Requests,
+        kv_tokens: f64,
+        serving: &Serving,
+    ) -> Result<Physics, PlannerError> {
+        let reading = Reading::of(iterations, layout, requests)?;
+        let groups = layout.dp as f64;
+        let waiting = (requests.concurrency / serving.running - 1.0).max(0.0);
+        let physics = reading.physics(iterations, requests, kv_tokens, serving, [groups; 2]);
+        Ok(Physics { crowd: waiting * requests.output * serving.tpot, ..physics })
+    }
+}
+
+/// One prompt, read alone.
+struct Reading {
+    iteration: Iteration,
+    steps: f64,
+}
+
+impl Reading {
+    fn of(iterations: &mut Iterations, layout: &Layout, requests: &Requests) -> Result<Reading, PlannerError> {
+        let chunk = requests.input.min(requests.step_tokens);
+        let iteration = iterations.price(layout, &Batch::prefill(1.0, chunk))?;
+        Ok(Reading { iteration, steps: (requests.input / chunk).ceil() })
+    }
+
+    /// With the groups that read and that answer.
+    fn physics(
+        &self,
+        iterations: &Iterations,
+        requests: &Requests,
+        kv_tokens: f64,
+        serving: &Serving,
+        [readers, answerers]: [f64; 2],
+    ) -> Physics {
+        let (gpu, formats) = (&iterations.cluster().gpu, iterations.formats());
+        let peak = formats.experts.peak(gpu).max(formats.dense.peak(gpu));
+        let least = |iteration: &Iteration| {
+            let of = |cost: &Cost| (cost.flops / peak).max(cost.bytes / gpu.memory_bandwidth);
+            of(&iteration.attention_rank).max(of(&iteration.expert_rank)).min(iteration.seconds)
         };
-        Ok(Physics {
+        let prefill = self.steps * self.iteration.seconds;
+        let tokens = requests.input + requests.output;
+        Physics {
             ttft: serving.ttft,
-            crowd,
+            crowd: 0.0,
             tpot: serving.tpot,
             decode: serving.decode.seconds,
-            prefill: prefill_s,
-            burst: prefill_s * requests.concurrency / readers / 2.0,
-            fitting: (room / tokens * answerers / requests.concurrency).min(1.0),
-        })
+            prefill,
+            burst: prefill * requests.concurrency / readers / 2.0,
+            fitting: (kv_tokens / tokens * answerers / requests.concurrency).min(1.0),
+            least_tpot: least(&serving.decode),
+            least_ttft: self.steps * least(&self.iteration) * (1.0 - requests.prefix_hit),
+        }
     }
 }
 
@@ -262,32 +315,28 @@ fn of_row(iterations: &mut Iterations, row: &Served) -> Result<Physics, PlannerE
 }
 
 impl Case {
-    /// A plan that was never measured, as what the calibration asks: ranks that read and answer, on a stack.
+    /// A plan that was never measured, as what the calibration asks: ranks that read and answer, on the stack that prices are
+    /// of; with its steady state, and what the KV cache of one group holds.
     ///
     /// # Errors
     /// [`PlannerError`]: the model cannot be spread like this.
     pub fn of_plan(
         iterations: &mut Iterations,
-        stack: Stack,
         layout: &Layout,
         requests: &Requests,
+        kv_tokens: f64,
+        serving: &Serving,
     ) -> Result<Case, PlannerError> {
         let counts = iterations.model().counts();
         let cluster = &iterations.cluster().name;
         let system = SYSTEMS.iter().find(|(_, name)| cluster.starts_with(name)).map_or("", |(system, _)| system);
         let worker = Worker { tp: layout.tp, pp: layout.pp, dp: layout.dp, ep: layout.expert_ranks() };
-        let backend = match stack {
-            Stack::Trtllm => "trtllm",
-            Stack::Vllm => "vllm",
-            Stack::Sglang => "sglang",
-            _ => "",
-        };
         Ok(Case {
             row: Served {
                 line: 0,
                 id: String::new(),
                 source: String::new(),
-                backend: backend.to_owned(),
+                backend: String::new(),
                 version: String::new(),
                 model: String::new(),
                 system: system.to_owned(),
@@ -300,10 +349,15 @@ impl Case {
                 ttft_s: None,
                 tpot_s: None,
             },
-            stack,
+            stack: iterations.costs().stack(),
             params: (counts.params_active as f64, counts.params_total as f64),
             formats: iterations.formats(),
-            physics: Physics::of(iterations, Spread::Aggregated(layout), requests)?,
+            physics: Physics::of_serving(iterations, layout, requests, kv_tokens, serving)?,
         })
+    }
+
+    /// Whether GPUs of its kind were measured.
+    pub fn on_measured_system(&self) -> bool {
+        !self.row.system.is_empty()
     }
 }

@@ -11,11 +11,13 @@ use serde::{Deserialize, Serialize};
 pub use change::Change;
 
 use crate::PlannerError;
+use crate::cost::Stack;
 use crate::iteration::dag::Slot;
 use crate::iteration::{Iteration, Layout};
 use crate::load::ExpertLoad;
 use crate::predict::{Prediction, Predictor};
 use crate::serving::{Requests, Serving};
+use crate::system::{Seen, System};
 
 /// A plan and what it serves.
 #[derive(Clone, Debug)]
@@ -32,12 +34,16 @@ pub struct Given<'a> {
     pub load: Option<Arc<ExpertLoad>>,
     /// Share of a GPU's memory that may be used.
     pub utilization: f64,
+    /// Whose kernels.
+    pub stack: Stack,
+    /// Who serves.
+    pub system: System,
 }
 
 impl Given<'_> {
     fn predict(&self) -> Result<(Serving, Prediction), PlannerError> {
-        let mut predictor = Predictor::new(self.model, &self.cluster, self.load.clone());
-        predictor.utilization = self.utilization;
+        let predictor = Predictor::new(self.model, &self.cluster, self.stack, self.load.clone());
+        let mut predictor = Predictor { utilization: self.utilization, system: self.system, ..predictor };
         predictor.predict_serving(&self.layout, &self.requests)
     }
 }
@@ -95,6 +101,8 @@ pub struct WhatIf {
 pub struct Explained {
     /// As it is.
     pub prediction: Prediction,
+    /// Seconds of a step, as users see it, by those of its iteration: what the program adds, or saves.
+    pub pace: f64,
     /// Seconds of an iteration without prompts.
     pub decode_s: f64,
     /// Seconds of one that reads prompts, too.
@@ -135,10 +143,13 @@ const PARTS: [(&str, &[Slot]); 10] = [
 /// out.
 pub fn explain(given: &Given) -> Result<Explained, PlannerError> {
     let (serving, prediction) = given.predict()?;
+    let seen = Seen { ttft: prediction.ttft_s, tpot: prediction.tpot_s };
+    // Nobody measured what is changed, so its effect is told from what iterations take.
+    let bare = Given { system: System::UNMEASURED, ..given.clone() };
     let mut what_ifs = Vec::new();
     let mut faster = Vec::new();
     for change in Change::ALL {
-        let Some(changed) = change.applied(given) else { continue };
+        let Some(changed) = change.applied(&bare) else { continue };
         let (changed_serving, after) = match changed.predict() {
             Ok(predicted) => predicted,
             // Half of the memory per user, say: no help, and no reason to say nothing of the rest.
@@ -148,27 +159,30 @@ pub fn explain(given: &Given) -> Result<Explained, PlannerError> {
         if let Some(bound) = change.lifts() {
             faster.push((bound, changed_serving));
         }
+        let changed_seen = seen.changed(&serving, &changed_serving);
+        let tokens_per_s = changed_seen.throughput(&changed_serving, &changed.requests);
         what_ifs.push(WhatIf {
             change,
             concurrency: changed.requests.concurrency,
             gpus: after.gpus,
-            ttft_s: after.ttft_s.value,
-            tpot_s: after.tpot_s.value,
-            tokens_per_s: after.tokens_per_s.value,
-            tpot_gain: after.tpot_s.value / prediction.tpot_s.value - 1.0,
-            throughput_gain: after.tokens_per_s.value / prediction.tokens_per_s.value - 1.0,
+            ttft_s: changed_seen.ttft.value,
+            tpot_s: changed_seen.tpot.value,
+            tokens_per_s,
+            tpot_gain: changed_seen.tpot.value / seen.tpot.value - 1.0,
+            throughput_gain: tokens_per_s / prediction.tokens_per_s.value - 1.0,
         });
     }
     what_ifs.sort_by(|a, b| b.throughput_gain.total_cmp(&a.throughput_gain));
-    let even = Given { load: None, ..given.clone() }.predict()?.1;
+    let even = Given { load: None, ..bare }.predict()?.0;
     let seconds = serving.iteration_s();
     Ok(Explained {
+        pace: seen.pace(&serving),
         decode_s: serving.decode.seconds,
         mixed_s: serving.mixed.seconds,
         mixed_share: serving.mixed_share,
         parts: parts(&serving, &faster),
         exposed: serving.mean(Iteration::exposed) / seconds,
-        straggler: (1.0 - even.tpot_s.value / prediction.tpot_s.value).max(0.0),
+        straggler: (1.0 - even.tpot / serving.tpot).max(0.0),
         what_ifs,
         prediction,
     })

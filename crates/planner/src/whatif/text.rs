@@ -29,6 +29,10 @@ impl fmt::Display for Explained {
             seconds(self.mixed_s),
             percent(self.mixed_share)
         )?;
+        if (self.pace - 1.0).abs() > 5e-4 {
+            let pace = number(self.pace);
+            writeln!(f, "  a step takes {pace} times as long as its iteration, as measurements of the program show")?;
+        }
         writeln!(f, "\nwhat binds: parts of an iteration in the mean")?;
         for part in &self.parts {
             let bound = part.bound.map_or("", bound_name);

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::format::{number, percent, seconds};
 use super::{ClusterFacts, ModelFacts, WorkloadFacts};
 use crate::PlannerError;
+use crate::calibration::Calibration;
 use crate::predict::{Estimate, Prediction, Predictor};
 use crate::search::file::{Limits, Names, plan_file};
 use crate::search::{Counts, Found, Goals, Podium, Point, Regret, Search, by_tpot, by_ttft, regret};
@@ -109,7 +110,7 @@ impl Planning {
         setting: &Setting,
         assumptions: Vec<String>,
     ) -> Result<Result<Planning, NoPlan>, PlannerError> {
-        let found = search.run(&mut predictor.iterations)?;
+        let found = search.run_seen(predictor)?;
         let mut propose = |point: &Point| Proposal::new(point, search, predictor, setting, &assumptions);
         let Some(first) = found.best() else {
             return Ok(Err(match found.nearest(&search.goals) {
@@ -119,9 +120,9 @@ impl Planning {
         };
         let best = propose(first)?;
         let runner_up = found.runner_up().map(&mut propose).transpose()?;
-        let regret = runner_up
-            .as_ref()
-            .map(|second| regret(&best.prediction.tokens_per_s_gpu, &second.prediction.tokens_per_s_gpu));
+        let rate = |proposal: &Proposal| proposal.prediction.tokens_per_s_gpu;
+        let shared = Calibration::published().shared(search.space.model);
+        let regret = runner_up.as_ref().map(|second| regret(&rate(&best), &rate(second), shared));
         let mut of = |points: Vec<&Point>| {
             thinned(points, setting.top).into_iter().map(&mut propose).collect::<Result<Vec<_>, PlannerError>>()
         };
