@@ -21,10 +21,10 @@ pub struct Cost {
 
 impl Cost {
     pub(super) fn of_op(op: &Op, price: Price) -> Cost {
-        Cost { flops: op.flops(), bytes: op.bytes(), ..Cost::of(price) }
+        Cost { flops: op.flops(), bytes: op.bytes(), ..Cost::of_price(price) }
     }
 
-    pub(super) fn of(price: Price) -> Cost {
+    pub(super) fn of_price(price: Price) -> Cost {
         let mut by_source = [0.0; 3];
         by_source[price.source as usize] = price.seconds;
         Cost { seconds: price.seconds, deviation: price.seconds * price.sd, by_source, ..Cost::default() }
@@ -45,12 +45,57 @@ impl Cost {
     pub(crate) fn plus(self, other: Cost) -> Cost {
         self.map(other, |a, b| a + b)
     }
+}
 
-    pub(super) fn times(self, factor: f64) -> Cost {
+/// What is asked of a price: all that is spent ([`Cost`]), or its seconds alone, which take half the time to find.
+pub(super) trait Spent: Copy + Default {
+    fn of(cost: &Cost) -> Self;
+    fn seconds(&self) -> f64;
+    fn plus(self, other: Self) -> Self;
+    fn times(self, factor: f64) -> Self;
+    fn towards(self, other: Self, share: f64) -> Self;
+}
+
+impl Spent for Cost {
+    fn of(cost: &Cost) -> Cost {
+        *cost
+    }
+
+    fn seconds(&self) -> f64 {
+        self.seconds
+    }
+
+    fn plus(self, other: Cost) -> Cost {
+        Cost::plus(self, other)
+    }
+
+    fn times(self, factor: f64) -> Cost {
         self.map(self, |a, _| a * factor)
     }
 
-    pub(super) fn towards(self, other: Cost, share: f64) -> Cost {
+    fn towards(self, other: Cost, share: f64) -> Cost {
         self.map(other, |a, b| a + (b - a) * share)
+    }
+}
+
+impl Spent for f64 {
+    fn of(cost: &Cost) -> f64 {
+        cost.seconds
+    }
+
+    fn seconds(&self) -> f64 {
+        *self
+    }
+
+    fn plus(self, other: f64) -> f64 {
+        self + other
+    }
+
+    fn times(self, factor: f64) -> f64 {
+        self * factor
+    }
+
+    fn towards(self, other: f64, share: f64) -> f64 {
+        self + (other - self) * share
     }
 }

@@ -4,6 +4,7 @@ use moesaic_plan::AllReduce;
 use moesaic_plan::plan::ExchangePrecision;
 use moesaic_spec::{LinkClass, Moe};
 
+use super::cost::Spent;
 use super::dag::Slot;
 use super::interned::ExchangeCosts;
 use super::layer::Layer;
@@ -20,7 +21,7 @@ const EXCHANGE_SMS: usize = 20;
 
 impl Iterations<'_> {
     /// Sums and gathers of a tensor-parallel group, and what goes to the next stage.
-    pub(super) fn add_sums(&mut self, resolved: &Resolved, rows: f64, samples: f64, layer: &mut Layer) {
+    pub(super) fn add_sums<S: Spent>(&mut self, resolved: &Resolved, rows: f64, samples: f64, layer: &mut Layer<S>) {
         let layout = resolved.layout;
         let (hidden, vocab) = (self.model.hidden_size as f64, self.model.vocab_size as f64);
         let network = &self.network;
@@ -69,7 +70,7 @@ impl Iterations<'_> {
     }
 
     /// Rows to the experts and back, for one micro-batch of one layer.
-    pub(super) fn exchange(&mut self, resolved: &Resolved, moe: &Moe, rows: f64) -> (Cost, Cost) {
+    pub(super) fn exchange<S: Spent>(&mut self, resolved: &Resolved, moe: &Moe, rows: f64) -> (S, S) {
         let layout = resolved.layout;
         let (network, hidden) = (&self.network, self.model.hidden_size);
         let per_value = match layout.precision {
@@ -146,5 +147,5 @@ fn algorithm(layout: &Layout) -> Algorithm {
 }
 
 fn sent(price: Price, bytes: f64) -> Cost {
-    Cost { sent: bytes, ..Cost::of(price) }
+    Cost { sent: bytes, ..Cost::of_price(price) }
 }

@@ -59,13 +59,6 @@ pub(super) struct CoreCosts {
     pub(super) prefills: Surface,
 }
 
-/// Routed experts of one rank, and how full the fullest is, by tokens of all ranks.
-#[derive(Default)]
-pub(super) struct ExpertCosts {
-    pub(super) routed: Curve,
-    pub(super) imbalance: Curve,
-}
-
 /// What a group that shares heads sums and gathers, by rows.
 #[derive(Default)]
 pub(super) struct GroupCosts {
@@ -83,21 +76,34 @@ pub(super) struct ExchangeCosts {
     pub(super) back: Curve,
 }
 
-/// What the experts' share of a layer depends on, besides the rows.
+/// What the routed experts of one rank depend on, besides the tokens of all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ExpertKey {
     pub(super) layout: ExpertLayout,
     pub(super) tp: usize,
     pub(super) senders: usize,
     pub(super) redundant: usize,
-    pub(super) balanced: bool,
 }
 
 impl ExpertKey {
     pub(super) fn of(layout: &Layout) -> ExpertKey {
-        let (redundant, balanced) = (layout.redundant_experts, layout.balanced);
         let senders = layout.tp * layout.dp;
-        ExpertKey { layout: layout.experts, tp: layout.expert_cut(), senders, redundant, balanced }
+        ExpertKey { layout: layout.experts, tp: layout.expert_cut(), senders, redundant: layout.redundant_experts }
+    }
+}
+
+/// What it depends on how full the fullest rank is, besides the tokens of all ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct FullestKey {
+    pub(super) ranks: usize,
+    pub(super) redundant: usize,
+    pub(super) balanced: bool,
+}
+
+impl FullestKey {
+    pub(super) fn of(layout: &Layout) -> FullestKey {
+        let Layout { redundant_experts: redundant, balanced, .. } = *layout;
+        FullestKey { ranks: layout.expert_ranks(), redundant, balanced }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use moesaic_plan::plan::Overlap;
 use moesaic_spec::Moe;
 
+use super::cost::Spent;
 use super::dag::{Durations, SLOTS, Slot};
 use super::interned::{CoreCosts, CutCosts};
 use super::parts::{Part, PartOp};
@@ -14,22 +15,24 @@ use crate::load::{ExpertLoad, Straggler};
 
 /// One layer of one micro-batch, by slot.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Layer {
+pub(super) struct Layer<S> {
     pub(super) durations: Durations,
-    costs: [Cost; SLOTS],
+    costs: [S; SLOTS],
     /// Standard deviations by which the fullest rank is fuller than in the mean.
     deviations: f64,
     /// Experts have ranks of their own.
-    pub(super) pool: bool,
+    pool: bool,
     imbalance: f64,
 }
 
-impl Layer {
-    pub(super) fn add(&mut self, slot: Slot, cost: Cost) {
-        self.durations[slot] += cost.seconds;
+impl<S: Spent> Layer<S> {
+    pub(super) fn add(&mut self, slot: Slot, cost: S) {
+        self.durations[slot] += cost.seconds();
         self.costs[slot as usize] = self.costs[slot as usize].plus(cost);
     }
+}
 
+impl Layer<Cost> {
     /// Puts together what all layers and micro-batches spend.
     pub(super) fn iteration(
         &self,
@@ -62,11 +65,11 @@ impl Layer {
 
 impl Iterations<'_> {
     /// What each slot takes for one micro-batch in one layer, with the fullest rank by so many standard deviations of a layer.
-    pub(super) fn layer(&mut self, resolved: &Resolved, batch: &Batch, deviations: f64) -> Layer {
+    pub(super) fn layer<S: Spent>(&mut self, resolved: &Resolved, batch: &Batch, deviations: f64) -> Layer<S> {
         let rows = batch.rows();
         let samples = batch.decodes + batch.finished_prefills;
         let pool = matches!(resolved.layout.experts, ExpertLayout::Pool { .. });
-        let mut layer = Layer { deviations, pool, ..Layer::default() };
+        let mut layer: Layer<S> = Layer { deviations, pool, ..Layer::default() };
         for part in Part::ALL {
             let size = if matches!(part, Part::Head | Part::Sample) { samples } else { rows };
             if part != Part::Experts && size > 0.0 {
@@ -84,42 +87,37 @@ impl Iterations<'_> {
     }
 
     /// A part's ops but for attention's core and the routed experts.
-    pub(super) fn part(&mut self, cut: usize, part: Part, rows: f64) -> Cost {
-        let (costs, formats) = (&self.costs, self.formats);
+    pub(super) fn part<S: Spent>(&mut self, cut: usize, part: Part, rows: f64) -> S {
+        let (prices, formats) = (&mut self.prices, self.formats);
         let CutCosts { parts, curves, .. } = &mut self.cuts.values[cut];
         if parts.ops(part).is_empty() {
-            return Cost::default();
+            return S::default();
         }
         curves[part as usize].at(rows, |rows| {
-            let price = |op: &PartOp| {
-                let op = match *op {
-                    PartOp::Gemm { rows: m, n, k } => {
-                        Op::Gemm { m: m.at(rows), n: n as f64, k: k as f64, weights: formats.of_part(part) }
-                    }
-                    PartOp::Stream { flops, bytes } => {
-                        Op::Stream { flops: flops.at(rows), bytes: bytes.at(rows), precision: Precision::Bf16 }
-                    }
-                    _ => return Cost::default(),
-                };
-                Cost::of_op(&op, costs.price(&op))
+            let op = |op: &PartOp| match *op {
+                PartOp::Gemm { rows: m, n, k } => {
+                    Some(Op::Gemm { m: m.at(rows), n: n as f64, k: k as f64, weights: formats.of_part(part) })
+                }
+                PartOp::Stream { flops, bytes } => {
+                    Some(Op::Stream { flops: flops.at(rows), bytes: bytes.at(rows), precision: Precision::Bf16 })
+                }
+                _ => None,
             };
-            parts.ops(part).iter().map(price).fold(Cost::default(), Cost::plus)
+            prices.of_all(parts.ops(part).iter().filter_map(op))
         })
     }
 
     /// Attention over the cache, decodes and prompts apart: the mean over layers, which may attend in different ways.
-    pub(super) fn core(&mut self, cut: usize, batch: &Batch) -> Cost {
+    pub(super) fn core<S: Spent>(&mut self, cut: usize, batch: &Batch) -> S {
         let CutCosts { parts, cores, .. } = &mut self.cuts.values[cut];
         let is_core = |op: &&PartOp| matches!(op, PartOp::AttentionCore { .. } | PartOp::MlaCore { .. });
         let core = parts.ops(Part::Attention).iter().find(is_core).expect("every layer has attention");
-        let (costs, kv) = (&self.costs, self.formats.kv);
-        let price =
-            |ops: &[Op]| ops.iter().map(|op| Cost::of_op(op, costs.price(op))).fold(Cost::default(), Cost::plus);
-        let mut cost = Cost::default();
+        let (prices, kv) = (&mut self.prices, self.formats.kv);
+        let mut cost = S::default();
         for (&(attention, share), CoreCosts { decodes, prefills }) in self.attention.iter().zip(cores) {
             if batch.decodes > 0.0 {
-                let of_way = decodes.at(batch.decodes, batch.context, |seqs, context| {
-                    price(&attend::decode(core, attention, seqs, context, kv))
+                let of_way: S = decodes.at(batch.decodes, batch.context, |seqs, context| {
+                    prices.of_all(attend::decode(core, attention, seqs, context, kv))
                 });
                 cost = cost.plus(of_way.times(share));
             }
@@ -127,8 +125,8 @@ impl Iterations<'_> {
                 // One prompt at a time: each has a causal mask of its own.
                 let prompts = batch.prefills.max(1.0);
                 let tokens = batch.prefill_tokens / prompts;
-                let of_one = prefills.at(tokens, 1.0 + batch.prefill_context, |tokens, before| {
-                    price(&attend::prefill(core, attention, tokens, tokens + before - 1.0, kv))
+                let of_one: S = prefills.at(tokens, 1.0 + batch.prefill_context, |tokens, before| {
+                    prices.of_all(attend::prefill(core, attention, tokens, tokens + before - 1.0, kv))
                 });
                 cost = cost.plus(of_one.times(share * prompts));
             }
@@ -137,7 +135,7 @@ impl Iterations<'_> {
     }
 
     /// Routed experts, and the way to them and back.
-    fn add_experts(&mut self, resolved: &Resolved, moe: &Moe, batch: &Batch, layer: &mut Layer) {
+    fn add_experts<S: Spent>(&mut self, resolved: &Resolved, moe: &Moe, batch: &Batch, layer: &mut Layer<S>) {
         let layout = resolved.layout;
         // Rows of all groups meet at placed experts; a group alone has its own otherwise.
         let (rows, groups) = match layout.experts.exchanges() {
@@ -146,7 +144,7 @@ impl Iterations<'_> {
         };
         let tokens = rows * groups;
         let (load, ranks) = (&self.load, layout.expert_ranks());
-        let imbalance = self.experts.values[resolved.expert].imbalance.at(tokens, |tokens| {
+        let imbalance: Cost = self.fullest.values[resolved.fullest].at(tokens, |tokens| {
             let straggler =
                 |load: &Arc<ExpertLoad>| load.straggler(tokens, ranks, layout.redundant_experts, layout.balanced);
             let Straggler { mean, sd, .. } = load.as_ref().map_or(Straggler::EVEN, straggler);
@@ -154,26 +152,26 @@ impl Iterations<'_> {
         });
         layer.imbalance = (imbalance.seconds + layer.deviations * imbalance.deviation).max(1.0);
         let fullest = tokens * layer.imbalance;
-        let experts = self.routed(resolved, moe, fullest);
+        let experts: S = self.routed(resolved, moe, fullest);
         // Rows are put in order around them: what the rank's own trace says, for as many rows as reach it.
-        let around = self.part(resolved.cut, Part::Experts, fullest / groups);
+        let around: S = self.part(resolved.cut, Part::Experts, fullest / groups);
         layer.add(Slot::Experts, experts.plus(around));
         if !layout.experts.exchanges() {
             return;
         }
         // The rank that sends most decides when all is there.
-        let (out, back) = self.exchange(resolved, moe, batch.rows());
+        let (out, back): (S, S) = self.exchange(resolved, moe, batch.rows());
         layer.add(Slot::Dispatch, out);
         layer.add(Slot::Answer, back);
         // A part of the rows stays on the node: it arrives over NVLink, and is worked on first.
         let nodes = (ranks as f64 / layout.gpus_per_node as f64).max(1.0);
         let near = 1.0 / nodes;
-        layer.durations[Slot::DispatchNear] = out.seconds * near;
-        layer.durations[Slot::AnswerNear] = back.seconds * near;
+        layer.durations[Slot::DispatchNear] = out.seconds() * near;
+        layer.durations[Slot::AnswerNear] = back.seconds() * near;
         if layout.overlap == Overlap::Arrivals {
             let [of_near, of_far] = [near, 1.0 - near].map(|share| {
-                let routed = self.routed(resolved, moe, fullest * share);
-                routed.seconds + around.seconds * share
+                let routed: f64 = self.routed(resolved, moe, fullest * share);
+                routed + around.seconds() * share
             });
             layer.durations[Slot::ExpertsNear] = of_near;
             layer.durations[Slot::ExpertsFar] = of_far;
@@ -181,14 +179,14 @@ impl Iterations<'_> {
     }
 
     /// The routed experts of one rank, when all ranks together have so many tokens.
-    fn routed(&mut self, resolved: &Resolved, moe: &Moe, tokens: f64) -> Cost {
-        let (layout, costs) = (resolved.layout, &self.costs);
+    fn routed<S: Spent>(&mut self, resolved: &Resolved, moe: &Moe, tokens: f64) -> S {
+        let (layout, prices) = (resolved.layout, &mut self.prices);
         let (weights, hidden) = (self.formats.experts, self.model.hidden_size as f64);
         let (intermediate, top_k) = (moe.intermediate_size as f64, moe.top_k as f64);
         let experts = (moe.num_experts + layout.redundant_experts) as f64;
         let (ep, matrices) = (layout.expert_ranks() as f64, moe.activation.matrices());
         let senders = (layout.tp * layout.dp) as f64;
-        self.experts.values[resolved.expert].routed.at(tokens, |tokens| {
+        self.experts.values[resolved.expert].at(tokens, |tokens| {
             let op = match layout.experts.exchanges() {
                 false => {
                     let tp = layout.expert_cut() as f64;
@@ -207,7 +205,7 @@ impl Iterations<'_> {
                     phase: if tokens / senders <= LOW_LATENCY_TOKENS { Phase::Generation } else { Phase::Context },
                 },
             };
-            Cost::of_op(&op, costs.price(&op))
+            prices.of(&op)
         })
     }
 }

@@ -18,6 +18,7 @@ mod layer;
 pub mod layout;
 mod outcome;
 pub mod parts;
+mod prices;
 mod resolved;
 
 use std::rc::Rc;
@@ -37,24 +38,27 @@ use crate::cost::CostModel;
 use crate::load::ExpertLoad;
 use crate::memory::Footprint;
 use crate::network::Network;
+use cost::Spent;
 use curve::Curve;
-use dag::{Dag, Slot, Structure};
-use interned::{CutCosts, ExchangeCosts, ExchangeKey, ExpertCosts, ExpertKey, GroupCosts, GroupKey, Interned};
+use dag::{Dag, Durations, SLOTS, Slot, Structure};
+use interned::{CutCosts, ExchangeCosts, ExchangeKey, ExpertKey, FullestKey, GroupCosts, GroupKey, Interned};
 use layer::Layer;
 use parts::{Cut, Part, Parts};
+use prices::Prices;
 
 /// Prices iterations of one model on one cluster.
 pub struct Iterations<'a> {
     model: &'a ModelSpec,
     cluster: &'a Cluster,
     formats: Formats,
-    costs: CostModel,
+    prices: Prices,
     network: Network,
     load: Option<Arc<ExpertLoad>>,
     /// How layers attend, each way with the share of layers that do.
     attention: Vec<(LayerAttention, f64)>,
     cuts: Interned<Cut, CutCosts>,
-    experts: Interned<ExpertKey, ExpertCosts>,
+    experts: Interned<ExpertKey, Curve>,
+    fullest: Interned<FullestKey, Curve>,
     groups: Interned<GroupKey, GroupCosts>,
     exchanges: Interned<ExchangeKey, ExchangeCosts>,
     hidden: [Curve; 2],
@@ -79,12 +83,13 @@ impl<'a> Iterations<'a> {
             model,
             cluster,
             formats,
-            costs,
+            prices: Prices::new(costs),
             network,
             load,
             attention: attend::ways(model),
             cuts: Interned::default(),
             experts: Interned::default(),
+            fullest: Interned::default(),
             groups: Interned::default(),
             exchanges: Interned::default(),
             hidden: Default::default(),
@@ -110,23 +115,30 @@ impl<'a> Iterations<'a> {
 
     /// Seconds of attention in one layer of one rank: what groups with other batches differ in.
     pub fn attention_s(&mut self, resolved: &Resolved, batch: &Batch) -> f64 {
-        self.part(resolved.cut, Part::Attention, batch.rows()).seconds + self.core(resolved.cut, batch).seconds
+        let (around, core): (f64, f64) =
+            (self.part(resolved.cut, Part::Attention, batch.rows()), self.core(resolved.cut, batch));
+        around + core
     }
 
     /// The price when the fullest rank is fuller than in the mean by so many standard deviations of the mean over the layers.
     pub fn price_straggling(&mut self, resolved: &Resolved, batch: &Batch, deviations: f64) -> Iteration {
-        let layout = resolved.layout;
-        let micro_batches = (layout.micro_batches as f64).min(batch.rows().floor()).max(1.0);
+        let (layer, micro_batches) = self.micro_batch::<Cost>(resolved, batch, deviations);
+        let (seconds, computing) = self.all_layers(resolved, &layer, micro_batches);
+        layer.iteration(resolved, seconds, computing, micro_batches)
+    }
+
+    /// The seconds of [`price_resolved`](Self::price_resolved), and nothing else: what a search compares plans by.
+    pub fn seconds(&mut self, resolved: &Resolved, batch: &Batch) -> f64 {
+        let (layer, micro_batches) = self.micro_batch::<f64>(resolved, batch, 0.0);
+        self.all_layers(resolved, &layer, micro_batches).0
+    }
+
+    /// A layer of one of the micro-batches that a step is cut into, and how many they are.
+    fn micro_batch<S: Spent>(&mut self, resolved: &Resolved, batch: &Batch, deviations: f64) -> (Layer<S>, usize) {
+        let micro_batches = (resolved.layout.micro_batches as f64).min(batch.rows().floor()).max(1.0);
         let part = batch.part(micro_batches);
-        let micro_batches = micro_batches as usize;
         let layer = self.layer(resolved, &part, deviations / (resolved.moe.max(1) as f64).sqrt());
-        match layout.pp {
-            1 => {
-                let (seconds, computing) = self.whole(resolved, &layer, micro_batches);
-                layer.iteration(resolved, seconds, computing, micro_batches)
-            }
-            _ => self.pipelined(resolved, &layer, micro_batches),
-        }
+        (layer, micro_batches as usize)
     }
 
     /// What the ranks of a layout hold, for steps of at most so many tokens of one data-parallel group.
@@ -168,12 +180,24 @@ impl<'a> Iterations<'a> {
         self.formats
     }
 
-    /// Seconds of all layers on the same ranks, where micro-batches may overlap; and of the compute lane of a rank with
-    /// attention.
-    fn whole(&mut self, resolved: &Resolved, layer: &Layer, micro_batches: usize) -> (f64, f64) {
+    /// Seconds of all layers and micro-batches, and of the compute lane of a rank with attention. Stages of a pipeline take
+    /// turns with the micro-batches: a batch comes round when all stages have had it, and the slowest stage all micro-batches.
+    fn all_layers<S>(&mut self, resolved: &Resolved, layer: &Layer<S>, micro_batches: usize) -> (f64, f64) {
+        match resolved.layout.pp {
+            1 => self.whole(resolved, &layer.durations, micro_batches),
+            pp => {
+                let (seconds, computing) = self.whole(resolved, &layer.durations, 1);
+                let stage = seconds + layer.durations[Slot::Hidden];
+                (micro_batches.max(pp) as f64 * stage, computing * micro_batches as f64)
+            }
+        }
+    }
+
+    /// The same on one stage, where micro-batches may overlap.
+    fn whole(&mut self, resolved: &Resolved, durations: &Durations, micro_batches: usize) -> (f64, f64) {
         let (dense, moe) = (resolved.dense, resolved.moe);
         let [few_dag, fewer_dag, two_dag] = resolved.dags[micro_batches - 1];
-        let mut walk = |dag: usize| self.dags.values[dag].walk(&layer.durations, &mut self.times);
+        let mut walk = |dag: usize| self.dags.values[dag].walk(durations, &mut self.times);
         let few = walk(few_dag);
         let mut seconds = few.seconds;
         let mut computing = few.computing[0];
@@ -204,26 +228,22 @@ impl<'a> Iterations<'a> {
 
     fn ideal_stage(&mut self, resolved: &Resolved, batch: &Batch) -> f64 {
         // Small parts may go by faster kernels.
-        let parts = [1.0, 2.0, 4.0].map(|parts| (parts, self.layer(resolved, &batch.part(parts), 0.0)));
+        let mut least = [f64::INFINITY; SLOTS];
+        for parts in [1.0, 2.0, 4.0] {
+            let layer: Layer<f64> = self.layer(resolved, &batch.part(parts), 0.0);
+            let all = layer.durations.0.iter().map(|seconds| parts * seconds);
+            least.iter_mut().zip(all).for_each(|(least, seconds)| *least = least.min(seconds));
+        }
+        let pool = matches!(resolved.layout.experts, ExpertLayout::Pool { .. });
         let mut lanes = [0.0; 3];
         for slot in Slot::ALL {
             let lane = match slot {
-                Slot::Experts if parts[0].1.pool => 1,
+                Slot::Experts if pool => 1,
                 _ if slot.is_exchange() => 2,
                 _ => 0,
             };
-            let ways = parts.iter().map(|(parts, layer)| parts * layer.durations[slot]);
-            lanes[lane] += slot.times(resolved.dense, resolved.moe) * ways.fold(f64::INFINITY, f64::min);
+            lanes[lane] += slot.times(resolved.dense, resolved.moe) * least[slot as usize];
         }
         lanes.into_iter().fold(0.0, f64::max)
-    }
-
-    /// Stages take turns with the micro-batches: a batch comes round when all stages have had it, and the slowest stage all
-    /// micro-batches.
-    fn pipelined(&mut self, resolved: &Resolved, layer: &Layer, micro_batches: usize) -> Iteration {
-        let (seconds, computing) = self.whole(resolved, layer, 1);
-        let stage = seconds + layer.durations[Slot::Hidden];
-        let turns = micro_batches.max(resolved.layout.pp) as f64;
-        layer.iteration(resolved, turns * stage, computing * micro_batches as f64, micro_batches)
     }
 }

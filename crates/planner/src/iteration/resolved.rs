@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use super::dag::Dag;
-use super::interned::{CoreCosts, CutCosts, ExchangeKey, ExpertKey, GroupKey};
+use super::interned::{CoreCosts, CutCosts, ExchangeKey, ExpertKey, FullestKey, GroupKey};
 use super::parts::Parts;
 use super::{Iterations, Layout};
 use crate::PlannerError;
@@ -16,6 +16,7 @@ pub struct Resolved<'l> {
     pub(super) moe: usize,
     pub(super) cut: usize,
     pub(super) expert: usize,
+    pub(super) fullest: usize,
     /// Where there are several ranks that share heads.
     pub(super) group: Option<usize>,
     /// Where rows travel.
@@ -61,7 +62,17 @@ impl Iterations<'_> {
             let two = if dense > 1 { dag(2, few_moe)? } else { few };
             dags.push([few, fewer, two]);
         }
-        Ok(Resolved { layout, dense, moe, cut, expert: self.experts.or_default(expert), group, exchange, dags })
+        Ok(Resolved {
+            layout,
+            dense,
+            moe,
+            cut,
+            expert: self.experts.or_default(expert),
+            fullest: self.fullest.or_default(FullestKey::of(layout)),
+            group,
+            exchange,
+            dags,
+        })
     }
 
     /// The costs of a way of cutting the model, traced the first time.
