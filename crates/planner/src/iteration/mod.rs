@@ -24,6 +24,7 @@ mod resolved;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use moesaic_plan::plan::MAX_MICRO_BATCHES;
 use moesaic_spec::{Cluster, LayerAttention, ModelSpec};
 
 pub use batch::Batch;
@@ -40,7 +41,7 @@ use crate::memory::Footprint;
 use crate::network::Network;
 use cost::Spent;
 use curve::Curve;
-use dag::{Dag, Durations, SLOTS, Slot, Structure};
+use dag::{Dag, Durations, Slot, Structure};
 use interned::{CutCosts, ExchangeCosts, ExchangeKey, ExpertKey, FullestKey, GroupCosts, GroupKey, Interned};
 use layer::Layer;
 use parts::{Cut, Part, Parts};
@@ -214,26 +215,19 @@ impl<'a> Iterations<'a> {
         (seconds, computing)
     }
 
-    /// An iteration of the layout's family if computing and exchange hid each other completely, and micro-batches cost
-    /// nothing: no member is faster.
+    /// An iteration of the layout's family if computing and exchange hid each other completely: no member is faster, in however
+    /// many micro-batches it goes.
     pub fn ideal(&mut self, resolved: &Resolved, batch: &Batch) -> Iteration {
-        let pp = resolved.layout.pp as f64;
-        let whole = self.ideal_stage(resolved, batch);
-        let seconds = match resolved.layout.pp {
-            1 => whole,
-            _ => whole.max(pp * self.ideal_stage(resolved, &batch.part(batch.rows().floor().clamp(1.0, 4.0)))),
-        };
-        Iteration { seconds, ..Iteration::default() }
+        let most = (MAX_MICRO_BATCHES as f64).min(batch.rows().floor()).max(1.0) as usize;
+        let turns = |micro_batches: usize| micro_batches.max(resolved.layout.pp) as f64;
+        // Small parts may go by faster kernels, so that any number may be the best.
+        let times = (1..=most).map(|parts| turns(parts) * self.ideal_part(resolved, &batch.part(parts as f64)));
+        Iteration { seconds: times.fold(f64::INFINITY, f64::min), ..Iteration::default() }
     }
 
-    fn ideal_stage(&mut self, resolved: &Resolved, batch: &Batch) -> f64 {
-        // Small parts may go by faster kernels.
-        let mut least = [f64::INFINITY; SLOTS];
-        for parts in [1.0, 2.0, 4.0] {
-            let layer: Layer<f64> = self.layer(resolved, &batch.part(parts), 0.0);
-            let all = layer.durations.0.iter().map(|seconds| parts * seconds);
-            least.iter_mut().zip(all).for_each(|(least, seconds)| *least = least.min(seconds));
-        }
+    /// Seconds of one micro-batch on the lane that has most to do.
+    fn ideal_part(&mut self, resolved: &Resolved, batch: &Batch) -> f64 {
+        let layer: Layer<f64> = self.layer(resolved, batch, 0.0);
         let pool = matches!(resolved.layout.experts, ExpertLayout::Pool { .. });
         let mut lanes = [0.0; 3];
         for slot in Slot::ALL {
@@ -242,7 +236,7 @@ impl<'a> Iterations<'a> {
                 _ if slot.is_exchange() => 2,
                 _ => 0,
             };
-            lanes[lane] += slot.times(resolved.dense, resolved.moe) * least[slot as usize];
+            lanes[lane] += slot.times(resolved.dense, resolved.moe) * layer.durations[slot];
         }
         lanes.into_iter().fold(0.0, f64::max)
     }
