@@ -112,7 +112,7 @@ fn the_best_may_lie_between_what_is_priced() {
 fn no_price_is_better_than_the_bound() {
     let (mixtral, cluster) = (model("mixtral-8x7b"), cluster_preset("dgx-h100-x2").unwrap());
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig { cases: 40, ..ProptestConfig::default() });
-    // Answers of a handful of tokens to prompts that are longer than a step do not always settle.
+    // Not answers of a handful of tokens: with them the search was 28 % off in one of 1,200 cases, and why is not known.
     let requests = (50.0..4000.0f64, 30.0..800.0f64, any::<bool>());
     // From what hardly a plan keeps to what all keep.
     let seconds = |least: f64, times: f64| prop::option::of((0.0..times.ln()).prop_map(move |ln| least * ln.exp()));
@@ -125,7 +125,7 @@ fn no_price_is_better_than_the_bound() {
             search.longest = input + output;
             search.utilization = utilization;
             search.goals = Goals { ttft, tpot };
-            // Bounds are of steady states that are found to 1 %.
+            // In 1,200 random cases it was off in that one.
             as_exhaustive(&search, 0.005);
             Ok(())
         })
