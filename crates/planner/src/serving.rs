@@ -138,6 +138,17 @@ pub fn steady(iterations: &mut Iterations, resolved: &Resolved, requests: &Reque
     settle(resolved.layout(), requests, kv_tokens, |batch| iterations.price_resolved(resolved, batch))
 }
 
+/// What users see in the steady state, and nothing of the iterations but their seconds.
+pub fn steady_seconds(
+    iterations: &mut Iterations,
+    resolved: &Resolved,
+    requests: &Requests,
+    kv_tokens: f64,
+) -> Serving {
+    let seconds = |batch: &Batch| Iteration { seconds: iterations.seconds(resolved, batch), ..Iteration::default() };
+    settle(resolved.layout(), requests, kv_tokens, seconds)
+}
+
 /// The steady state of the layout's family if computing and exchange hid each other completely.
 pub fn ideal(iterations: &mut Iterations, resolved: &Resolved, requests: &Requests, kv_tokens: f64) -> Serving {
     settle(resolved.layout(), requests, kv_tokens, |batch| iterations.ideal(resolved, batch))

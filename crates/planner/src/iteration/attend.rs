@@ -1,9 +1,23 @@
 //! What attention's core does in layers that attend in different ways.
 
-use moesaic_spec::{LayerAttention, LinearAttention};
+use moesaic_spec::{LayerAttention, LinearAttention, ModelSpec};
 
 use super::parts::PartOp;
 use crate::cost::{Op, Precision};
+
+/// Different ways in which layers attend, each with its share of the layers.
+pub(crate) fn ways(model: &ModelSpec) -> Vec<(LayerAttention, f64)> {
+    let mut ways: Vec<(LayerAttention, f64)> = Vec::new();
+    for layer in 0..model.layers.len() {
+        let attention = model.layer_attention(layer);
+        match ways.iter_mut().find(|(way, _)| *way == attention) {
+            Some((_, share)) => *share += 1.0,
+            None => ways.push((attention, 1.0)),
+        }
+    }
+    ways.iter_mut().for_each(|(_, share)| *share /= model.layers.len() as f64);
+    ways
+}
 
 /// For sequences that get one more token each and see `context` tokens.
 pub(crate) fn decode(core: &PartOp, attention: LayerAttention, seqs: f64, context: f64, kv: Precision) -> Vec<Op> {

@@ -4,6 +4,7 @@
 use std::f64::consts::SQRT_2;
 
 use super::Cost;
+use super::cost::Spent;
 
 /// Where a size lies: the points below and above, and how far between them. Points are the powers of √2.
 fn place(size: f64) -> (usize, usize, f64) {
@@ -34,12 +35,12 @@ pub(crate) struct Curve {
 
 impl Curve {
     /// At a size of at least 1 (less counts as 1); `cost` works out a point.
-    pub(crate) fn at(&mut self, size: f64, mut cost: impl FnMut(f64) -> Cost) -> Cost {
+    pub(super) fn at<S: Spent>(&mut self, size: f64, mut cost: impl FnMut(f64) -> Cost) -> S {
         let (low, high, share) = place(size);
         if self.points.len() <= high {
             self.points.resize(high + 1, None);
         }
-        let mut get = |idx: usize| *self.points[idx].get_or_insert_with(|| cost(point(idx)));
+        let mut get = |idx: usize| S::of(self.points[idx].get_or_insert_with(|| cost(point(idx))));
         get(low).towards(get(high), share)
     }
 }
@@ -52,12 +53,12 @@ pub(crate) struct Surface {
 
 impl Surface {
     /// At two sizes of at least 1.
-    pub(crate) fn at(&mut self, a: f64, b: f64, mut cost: impl FnMut(f64, f64) -> Cost) -> Cost {
+    pub(super) fn at<S: Spent>(&mut self, a: f64, b: f64, mut cost: impl FnMut(f64, f64) -> Cost) -> S {
         let (low, high, share) = place(a);
         if self.rows.len() <= high {
             self.rows.resize(high + 1, Curve::default());
         }
-        let below = self.rows[low].at(b, |b| cost(point(low), b));
+        let below: S = self.rows[low].at(b, |b| cost(point(low), b));
         if low == high {
             return below;
         }
@@ -77,11 +78,11 @@ mod tests {
     fn what_is_affine_is_exact() {
         let mut curve = Curve::default();
         for size in [1.0, 1.3, 2.0, 7.0, 100.0, 4096.0] {
-            let cost = curve.at(size, |size| seconds(3.0 + 2.0 * size));
+            let cost: Cost = curve.at(size, |size| seconds(3.0 + 2.0 * size));
             assert!((cost.seconds - (3.0 + 2.0 * size)).abs() < 1e-9 * size, "{size}: {cost:?}");
         }
         let mut surface = Surface::default();
-        let cost = surface.at(5.0, 300.0, |a, b| seconds(a * b));
+        let cost: Cost = surface.at(5.0, 300.0, |a, b| seconds(a * b));
         assert!((cost.seconds - 1500.0).abs() < 1e-6, "{cost:?}");
     }
 
@@ -90,7 +91,7 @@ mod tests {
         let mut curve = Curve::default();
         let mut calls = 0;
         for _ in 0..3 {
-            curve.at(3.0, |size| {
+            let _: f64 = curve.at(3.0, |size| {
                 calls += 1;
                 seconds(size)
             });

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use moesaic_plan::plan::{ExchangeRoute, Mesh, Overlap, Pool};
 use moesaic_plan::{Action, AllReduce, Lane, MessageKind, Plan, PlanFile, Rank, Work};
-use moesaic_spec::{Attention, ModelSpec, QkNorm};
+use moesaic_spec::{Attention, Ffn, ModelSpec, Moe, QkNorm, Router};
 
 use super::parts::{boundless, few_layers};
 use crate::PlannerError;
@@ -146,6 +146,9 @@ impl std::ops::IndexMut<Slot> for Durations {
     }
 }
 
+/// Ranks with experts that a surrogate has at most.
+const MOST_RANKS: usize = 4;
+
 /// What the graph depends on, and nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Structure {
@@ -221,14 +224,17 @@ impl Dag {
     /// # Errors
     /// [`PlannerError`]: no plan has this structure for this model.
     pub fn new(model: &ModelSpec, structure: &Structure) -> Result<Dag, PlannerError> {
-        let model = few_layers(model, structure.dense, structure.moe);
-        let plan = surrogate(&model, structure)?;
+        Dag::of(&few_experts(few_layers(model, structure.dense, structure.moe)), structure)
+    }
+
+    fn of(model: &ModelSpec, structure: &Structure) -> Result<Dag, PlannerError> {
+        let plan = surrogate(model, structure)?;
         let mut ranks = vec![Rank(0)];
         if structure.separate {
             ranks.push(plan.stages[0].expert_ranks[0]);
         }
         let schedules: Vec<Vec<Action>> =
-            ranks.iter().map(|&rank| plan.schedule(&model, rank, structure.micro_batches).actions).collect();
+            ranks.iter().map(|&rank| plan.schedule(model, rank, structure.micro_batches).actions).collect();
         let mut needs = Vec::new();
         let step = |node: Node| {
             needs.extend(node.needs);
@@ -399,6 +405,18 @@ fn slot_of_action(action: &Action, split: (usize, usize)) -> Slot {
     }
 }
 
+/// The same with one expert a rank: a plan of all experts takes long to make, and its actions wait for each other in the same
+/// way.
+fn few_experts(mut model: ModelSpec) -> ModelSpec {
+    for ffn in &mut model.layers {
+        if let Ffn::Moe(moe) = ffn {
+            let router = Router { n_group: 1, topk_group: 1, ..moe.router.clone() };
+            *moe = Moe { num_experts: moe.num_experts.min(MOST_RANKS), top_k: 1, router, ..moe.clone() };
+        }
+    }
+    model
+}
+
 /// The smallest plan of this structure: two ranks of everything that there are several of.
 fn surrogate(model: &ModelSpec, structure: &Structure) -> Result<Plan, PlannerError> {
     let &Structure { tp, placed, separate, nodes, two_level, overlap, micro_batches, .. } = structure;
@@ -455,6 +473,21 @@ mod tests {
     fn seconds(structure: &Structure, durations: &Durations) -> f64 {
         let model = moesaic_spec::preset("mixtral-8x7b").unwrap().spec().unwrap();
         Dag::new(&model, structure).unwrap().walk(durations, &mut Vec::new()).seconds
+    }
+
+    /// A graph is of the same actions, whether a layer has all of its experts or few.
+    #[test]
+    fn the_number_of_experts_changes_no_graph() {
+        let (one, two) = (structure(), Structure { overlap: Overlap::Arrivals, nodes: true, ..structure() });
+        let pool = Structure { separate: true, micro_batches: 3, ..two };
+        for name in ["mixtral-8x7b", "deepseek-v3", "paper-003-gelu"] {
+            let model = moesaic_spec::preset(name).unwrap().spec().unwrap();
+            for structure in [one, two, Structure { two_level: true, ..two }, Structure { tp: true, ..pool }, pool] {
+                let all = Dag::of(&few_layers(&model, structure.dense, structure.moe), &structure).unwrap();
+                let few = Dag::new(&model, &structure).unwrap();
+                assert_eq!(format!("{few:?}"), format!("{all:?}"), "{name}: {structure:?}");
+            }
+        }
     }
 
     /// Two layers of attention 1 s, dispatch 10 s, experts 100 s, answer 1000 s.

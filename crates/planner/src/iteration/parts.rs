@@ -3,7 +3,7 @@
 //! One rank's schedule runs on `Meta` at two batch sizes, on a model of one layer of each kind. Sizes of ops are affine in
 //! the rows of the batch, so two runs give them for every batch. Nothing here knows how a layer is built.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use moesaic_device::OpCall;
 use moesaic_model::{LoadDType, MetaModel, SeqShape, StepShape};
@@ -274,9 +274,12 @@ fn surrogate(model: &ModelSpec, cut: &Cut) -> Result<(Plan, Rank), PlannerError>
 
 /// A cluster on which every plan fits: only its shape matters.
 pub(crate) fn boundless(gpus: usize, gpus_per_node: usize) -> Cluster {
-    let cluster = moesaic_spec::cluster_preset("dgx-h100-x2").expect("a preset");
-    let gpu = Gpu { memory: Bytes(u64::MAX), ..cluster.gpu };
-    Cluster { nodes: gpus.div_ceil(gpus_per_node), gpus_per_node, gpu, rank_map: Vec::new(), ..cluster }
+    static CLUSTER: LazyLock<Cluster> = LazyLock::new(|| {
+        let cluster = moesaic_spec::cluster_preset("dgx-h100-x2").expect("a preset");
+        let gpu = Gpu { memory: Bytes(u64::MAX), ..cluster.gpu };
+        Cluster { gpu, rank_map: Vec::new(), ..cluster }
+    });
+    Cluster { nodes: gpus.div_ceil(gpus_per_node), gpus_per_node, ..CLUSTER.clone() }
 }
 
 /// What the plan says of the rank's memory, for one layer of each kind.

@@ -10,7 +10,7 @@ use super::candidates::Shape;
 use crate::PlannerError;
 use crate::cost::{Op, Precision};
 use crate::iteration::parts::{Affine, Part, PartOp};
-use crate::iteration::{ExpertLayout, Formats, Iterations, Layout, attend, ways_of_attending};
+use crate::iteration::{ExpertLayout, Formats, Iterations, Layout, attend};
 use crate::network::{Collective, CollectiveKind, CommOp, Copies, Exchange, Group, Library, M2n, Mode, Network};
 use crate::serving::Requests;
 
@@ -100,7 +100,7 @@ impl<'a> Bound<'a> {
             around: least(&[Part::Route, Part::SharedExpert, Part::Combine]),
             ends: least(&[Part::Embed, Part::Head, Part::Sample]),
             core: parts.ops(Part::Attention).iter().find(core).cloned(),
-            ways: ways_of_attending(model),
+            ways: attend::ways(model),
             experts: model.layers.iter().find_map(|ffn| ffn.as_moe()).filter(|_| moe > 0),
             formats,
             gpu,

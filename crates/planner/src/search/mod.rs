@@ -25,7 +25,7 @@ pub use frontier::{Frontier, Merit, by_tpot, by_ttft};
 pub use regret::{Regret, regret};
 
 use crate::PlannerError;
-use crate::iteration::{Iterations, Layout};
+use crate::iteration::{Iterations, Layout, Resolved};
 use crate::memory::Footprint;
 use crate::serving::{self, Requests};
 
@@ -178,11 +178,37 @@ struct Family {
 
 /// Where the goals are kept and a bit more concurrency breaks them.
 struct Edge {
-    point: Point,
+    shape: Shape,
+    layout: Layout,
     strategy: usize,
+    /// Requests of a group at a time with which they are kept.
     slots: f64,
+    /// The same with which they are broken.
     broken: f64,
-    at_most: f64,
+    /// What everything up to there reaches at best.
+    at_most: Merit,
+}
+
+/// A layout at one concurrency, with its price.
+struct Priced<'l> {
+    shape: Shape,
+    layout: &'l Layout,
+    slots: f64,
+    merit: Merit,
+}
+
+impl Priced<'_> {
+    fn point(&self) -> Point {
+        let (groups, Merit { throughput, tpot, ttft }) = ((self.layout.dp * self.shape.copies) as f64, self.merit);
+        Point {
+            shape: self.shape,
+            layout: self.layout.clone(),
+            concurrency: self.slots * groups,
+            ttft,
+            tpot,
+            throughput: throughput * self.shape.gpus as f64,
+        }
+    }
 }
 
 impl Search<'_> {
@@ -355,8 +381,9 @@ impl State<'_, '_> {
         let of_bound =
             |best: &bound::Best| Merit { throughput: best.throughput / gpus, tpot: best.tpot, ttft: task.ttft };
         let far = task.bounds.iter().take_while(|best| self.excluded(task, &of_bound(best))).count();
+        let of_use = |idx: usize| idx >= far && !self.excluded(task, &family.ideal[idx]);
         let alive: Vec<bool> = (0..family.ideal.len())
-            .map(|idx| !self.search.prune || idx >= far && !self.excluded(task, &family.ideal[idx]))
+            .map(|idx| !self.search.prune || of_use(idx) || self.may_lead_on(task, family, idx))
             .collect();
         if !alive.contains(&true) {
             return Ok(());
@@ -365,61 +392,62 @@ impl State<'_, '_> {
             let footprint = iterations.footprint(&layout, self.search.requests.step_tokens)?;
             let Some(room) = self.search.room(&footprint) else { continue };
             let resolved = iterations.resolve(&layout)?;
-            let mut kept: Option<(Point, f64)> = None;
-            let mut last = f64::INFINITY;
-            for (idx, (&slots, ideal)) in task.slots.iter().zip(&family.ideal).enumerate() {
+            let mut kept = None;
+            for (idx, &slots) in task.slots.iter().take(alive.len()).enumerate() {
                 if self.search.concurrencies.is_none() && slots > self.search.fitting(room) {
                     break;
                 }
-                let mut now = None;
-                if alive[idx]
-                    && let Some(point) = self.price_one(iterations, &resolved, task, slots, room)
-                    && self.offer(iterations, task.strategy, &point)?
-                {
-                    now = Some((point, slots));
+                let keeps = alive[idx] && {
+                    let priced = self.priced(iterations, &resolved, task.shape, slots, room);
+                    self.offer(iterations, task.strategy, &priced)?
+                };
+                // What is left out for being worse is followed by what is worse, too.
+                let broken = !keeps && (alive[idx] || self.misses(&family.ideal[idx]));
+                if let (true, Some(at)) = (broken, kept) {
+                    self.edges.push(Edge {
+                        shape: task.shape,
+                        layout: layout.clone(),
+                        strategy: task.strategy,
+                        slots: task.slots[at],
+                        broken: slots,
+                        at_most: between(task, family, at),
+                    });
                 }
-                if let (None, Some((point, slots_kept))) = (&now, kept.take()) {
-                    // Each request gets no faster when there are more.
-                    let (strategy, at_most) = (task.strategy, last * slots / slots_kept);
-                    self.edges.push(Edge { point, strategy, slots: slots_kept, broken: slots, at_most });
-                }
-                kept = now;
-                last = ideal.throughput;
+                kept = keeps.then_some(idx);
             }
         }
         Ok(())
     }
 
-    fn price_one(
+    /// Whether more requests than these, but fewer than the next number that is priced, may be the best of the strategy: where
+    /// the next breaks the goals, or may break them and would be the best otherwise.
+    fn may_lead_on(&self, task: &Task, family: &Family, idx: usize) -> bool {
+        let Some(next) = family.ideal.get(idx + 1) else { return false };
+        let places = |merit: &Merit| self.places(task.strategy, merit, &task.shape);
+        self.search.concurrencies.is_none()
+            && !self.misses(&family.ideal[idx])
+            && (self.misses(next) || places(next))
+            && places(&between(task, family, idx))
+    }
+
+    fn misses(&self, merit: &Merit) -> bool {
+        self.search.goals.missed_by(merit.ttft, merit.tpot) > 1.0
+    }
+
+    fn priced<'l>(
         &mut self,
         iterations: &mut Iterations,
-        resolved: &crate::iteration::Resolved,
-        task: &Task,
+        resolved: &Resolved<'l>,
+        shape: Shape,
         slots: f64,
         room: f64,
-    ) -> Option<Point> {
+    ) -> Priced<'l> {
         let layout = resolved.layout();
-        let (groups, copies) = (layout.dp as f64, task.shape.copies as f64);
-        let requests = Requests { concurrency: slots * groups, ..self.search.requests };
+        let requests = Requests { concurrency: slots * layout.dp as f64, ..self.search.requests };
         self.counts.priced += 1;
-        let served = serving::steady(iterations, resolved, &requests, room);
-        let merit = Merit {
-            throughput: served.throughput * copies / task.shape.gpus as f64,
-            tpot: served.tpot,
-            ttft: served.ttft,
-        };
-        // Most points are worse than something in everything: those need no copy of their layout.
-        let missed = self.search.goals.missed_by(merit.ttft, merit.tpot);
-        (missed > 1.0 || !self.frontier.covers(&merit) || self.places(task.strategy, &merit, &task.shape)).then(|| {
-            Point {
-                shape: task.shape,
-                layout: layout.clone(),
-                concurrency: slots * groups * copies,
-                ttft: served.ttft,
-                tpot: served.tpot,
-                throughput: served.throughput * copies,
-            }
-        })
+        let served = serving::steady_seconds(iterations, resolved, &requests, room);
+        let throughput = served.throughput * shape.copies as f64 / shape.gpus as f64;
+        Priced { shape, layout, slots, merit: Merit { throughput, tpot: served.tpot, ttft: served.ttft } }
     }
 
     /// Whether a point that is no better than this is of no use: it is worse in everything than something that is known, or
@@ -448,31 +476,37 @@ impl State<'_, '_> {
     }
 
     /// Takes in a point; whether it keeps the goals, with as many failures as are tolerated.
-    fn offer(&mut self, iterations: &mut Iterations, strategy: usize, point: &Point) -> Result<bool, PlannerError> {
-        let goals = self.search.goals;
-        let missed = goals.missed_by(point.ttft, point.tpot);
+    fn offer(&mut self, iterations: &mut Iterations, strategy: usize, priced: &Priced) -> Result<bool, PlannerError> {
+        let (goals, merit) = (self.search.goals, &priced.merit);
+        let missed = goals.missed_by(merit.ttft, merit.tpot);
         if missed > 1.0 {
             let podium = &mut self.strategies[strategy].1;
             if podium.nearest.as_ref().is_none_or(|near| goals.missed_by(near.ttft, near.tpot) > missed) {
-                podium.nearest = Some(point.clone());
+                podium.nearest = Some(priced.point());
             }
             return Ok(false);
         }
-        if !self.survives(iterations, point)? {
+        // Most points are worse than something in everything.
+        let (leads, ahead) = (self.places(strategy, merit, &priced.shape), !self.frontier.covers(merit));
+        if !leads && !ahead {
+            return Ok(true);
+        }
+        let point = priced.point();
+        if !self.survives(iterations, &point)? {
             return Ok(false);
         }
-        if !self.refining && !self.frontier.covers(&point.merit()) {
-            self.frontier.insert(point.clone());
-        }
-        if self.places(strategy, &point.merit(), &point.shape) {
+        if leads {
             let podium = &mut self.strategies[strategy].1;
-            let leads = podium.first.as_ref().is_none_or(|first| point.merit().throughput > first.merit().throughput);
+            let first = podium.first.as_ref().is_none_or(|first| merit.throughput > first.merit().throughput);
             let same = podium.first.as_ref().is_some_and(|first| first.shape == point.shape);
-            match (leads, same) {
+            match (first, same) {
                 (true, false) => podium.second = podium.first.replace(point.clone()),
                 (true, true) => podium.first = Some(point.clone()),
                 (false, _) => podium.second = Some(point.clone()),
             }
+        }
+        if ahead && !self.refining {
+            self.frontier.insert(point);
         }
         Ok(true)
     }
@@ -504,26 +538,19 @@ impl State<'_, '_> {
             return Ok(());
         }
         let mut edges = std::mem::take(&mut self.edges);
-        edges.sort_by(|a, b| b.at_most.total_cmp(&a.at_most));
+        edges.sort_by(|a, b| b.at_most.throughput.total_cmp(&a.at_most.throughput));
         self.refining = true;
-        for edge in edges {
-            let Edge { point, strategy, mut slots, mut broken, at_most } = edge;
-            let merit = Merit { throughput: at_most, ..point.merit() };
-            if !self.places(strategy, &merit, &point.shape) {
+        for Edge { shape, layout, strategy, mut slots, mut broken, at_most } in edges {
+            if !self.places(strategy, &at_most, &shape) {
                 continue;
             }
-            let task = Task { shape: point.shape, strategy, slots: Vec::new(), bounds: Vec::new(), ttft: 0.0 };
-            let footprint = iterations.footprint(&point.layout, self.search.requests.step_tokens)?;
+            let footprint = iterations.footprint(&layout, self.search.requests.step_tokens)?;
             let room = self.search.room(&footprint).expect("it fitted before");
-            let resolved = iterations.resolve(&point.layout)?;
+            let resolved = iterations.resolve(&layout)?;
             while broken - slots > 1.0 {
                 let middle = ((slots + broken) / 2.0).floor();
-                let keeps = match self.price_one(iterations, &resolved, &task, middle, room) {
-                    Some(point) => self.offer(iterations, strategy, &point)?,
-                    // Worse than something in everything, and so within the goals.
-                    None => true,
-                };
-                if keeps { slots = middle } else { broken = middle }
+                let priced = self.priced(iterations, &resolved, shape, middle, room);
+                if self.offer(iterations, strategy, &priced)? { slots = middle } else { broken = middle }
             }
         }
         for (_, podium) in &self.strategies {
@@ -533,4 +560,11 @@ impl State<'_, '_> {
         }
         Ok(())
     }
+}
+
+/// What more requests than those at a place, but fewer than those at the next, reach at best: none gets faster when there are
+/// more.
+fn between(task: &Task, family: &Family, idx: usize) -> Merit {
+    let Merit { throughput, .. } = family.ideal[idx];
+    Merit { throughput: throughput * task.slots[idx + 1] / task.slots[idx], ..family.ideal[idx] }
 }
