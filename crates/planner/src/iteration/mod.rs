@@ -35,7 +35,7 @@ pub use outcome::Iteration;
 pub use resolved::Resolved;
 
 use crate::PlannerError;
-use crate::cost::CostModel;
+use crate::cost::{CostModel, Stack};
 use crate::load::ExpertLoad;
 use crate::memory::Footprint;
 use crate::network::Network;
@@ -171,9 +171,9 @@ impl<'a> Iterations<'a> {
         Ok(self.cuts.values[cut].parts.clone())
     }
 
-    /// Prices of ops.
-    pub fn costs(&self) -> &CostModel {
-        &self.costs
+    /// Whose kernels are priced.
+    pub fn stack(&self) -> Stack {
+        self.prices.stack()
     }
 
     /// Prices of communication.

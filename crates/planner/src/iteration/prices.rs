@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 
 use super::Cost;
-use crate::cost::{CostModel, Op};
+use crate::cost::{CostModel, Op, Stack};
 
 /// Costs of ops, each worked out once.
 pub(super) struct Prices {
@@ -15,6 +15,10 @@ pub(super) struct Prices {
 impl Prices {
     pub(super) fn new(costs: CostModel) -> Prices {
         Prices { costs, known: HashMap::new() }
+    }
+
+    pub(super) fn stack(&self) -> Stack {
+        self.costs.stack()
     }
 
     pub(super) fn of(&mut self, op: &Op) -> Cost {

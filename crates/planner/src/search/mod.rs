@@ -107,6 +107,31 @@ pub struct Podium {
     pub too_large: usize,
 }
 
+impl Podium {
+    /// Takes in a point that may belong here.
+    fn take(&mut self, point: Point, goals: &Goals) {
+        let missed = |point: &Point| goals.missed_by(point.ttft, point.tpot);
+        let rate = |point: &Point| point.merit().throughput;
+        if missed(&point) > 1.0 {
+            if self.nearest.as_ref().is_none_or(|near| missed(near) > missed(&point)) {
+                self.nearest = Some(point);
+            }
+            return;
+        }
+        let leads = self.first.as_ref().is_none_or(|first| rate(&point) > rate(first));
+        let same = self.first.as_ref().is_some_and(|first| first.shape == point.shape);
+        match (leads, same) {
+            (true, false) => self.second = self.first.replace(point),
+            (true, true) => self.first = Some(point),
+            (false, true) => {}
+            (false, false) if self.second.as_ref().is_none_or(|second| rate(&point) > rate(second)) => {
+                self.second = Some(point);
+            }
+            (false, false) => {}
+        }
+    }
+}
+
 /// How much there was, and how much of it was looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
@@ -496,14 +521,7 @@ impl State<'_, '_> {
             return Ok(false);
         }
         if leads {
-            let podium = &mut self.strategies[strategy].1;
-            let first = podium.first.as_ref().is_none_or(|first| merit.throughput > first.merit().throughput);
-            let same = podium.first.as_ref().is_some_and(|first| first.shape == point.shape);
-            match (first, same) {
-                (true, false) => podium.second = podium.first.replace(point.clone()),
-                (true, true) => podium.first = Some(point.clone()),
-                (false, _) => podium.second = Some(point.clone()),
-            }
+            self.strategies[strategy].1.take(point.clone(), &goals);
         }
         if ahead && !self.refining {
             self.frontier.insert(point);

@@ -101,27 +101,3 @@ impl Found {
         Ok(Found { strategies, frontier: frontier.into_points(), counts: self.counts })
     }
 }
-
-impl Podium {
-    fn take(&mut self, point: Point, goals: &Goals) {
-        let missed = |point: &Point| goals.missed_by(point.ttft, point.tpot);
-        let rate = |point: &Point| point.merit().throughput;
-        if missed(&point) > 1.0 {
-            if self.nearest.as_ref().is_none_or(|near| missed(near) > missed(&point)) {
-                self.nearest = Some(point);
-            }
-            return;
-        }
-        let leads = self.first.as_ref().is_none_or(|first| rate(&point) > rate(first));
-        let same = self.first.as_ref().is_some_and(|first| first.shape == point.shape);
-        match (leads, same) {
-            (true, false) => self.second = self.first.replace(point),
-            (true, true) => self.first = Some(point),
-            (false, true) => {}
-            (false, false) if self.second.as_ref().is_none_or(|second| rate(&point) > rate(second)) => {
-                self.second = Some(point);
-            }
-            (false, false) => {}
-        }
-    }
-}

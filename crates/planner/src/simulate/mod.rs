@@ -90,12 +90,22 @@ pub fn simulate_watched(
     simulation: &Simulation,
     mut watch: impl FnMut(&[DrivenStep]),
 ) -> Result<Simulated, PlannerError> {
+    let kv_tokens = room(predictor, simulation)?;
+    let pace = pace(predictor, simulation, kv_tokens)?;
+    run(predictor, simulation, kv_tokens, pace, &mut watch)
+}
+
+/// Tokens that the KV cache of a group holds.
+fn room(predictor: &mut Predictor, simulation: &Simulation) -> Result<f64, PlannerError> {
     let Simulation { layout, workload, limits, .. } = *simulation;
     let footprint = predictor.iterations.footprint(layout, limits.max_num_batched_tokens as f64)?;
-    let kv_tokens = predictor.room(layout, &footprint, workload.longest() as f64)?;
-    let bare = |predictor: &mut Predictor| run(predictor, simulation, kv_tokens, pace::BARE, &mut |_| ());
-    let pace = pace::of(predictor, simulation, kv_tokens, bare)?;
-    run(predictor, simulation, kv_tokens, pace, &mut watch)
+    predictor.room(layout, &footprint, workload.longest() as f64)
+}
+
+fn pace(predictor: &mut Predictor, simulation: &Simulation, kv_tokens: f64) -> Result<Pace, PlannerError> {
+    Pace::of(predictor, simulation, kv_tokens, |predictor, pace| {
+        run(predictor, simulation, kv_tokens, pace, &mut |_| ())
+    })
 }
 
 fn run(
@@ -148,6 +158,8 @@ struct Run<'p, 'm> {
     /// By group: tokens of its open requests at their longest.
     open: Vec<usize>,
     executor: Priced<'p, 'm>,
+    /// Seconds from a question until the scheduler knows of it.
+    delay: f64,
     record: Record,
     kv_blocks: f64,
 }
@@ -173,14 +185,15 @@ impl<'p, 'm> Run<'p, 'm> {
             kv_blocks: (kv_tokens / simulation.limits.block_size as f64).floor() * schedulers.len() as f64,
             schedulers,
             executor: Priced { iterations, resolved, stragglers, pace: pace.factor, clock: Clock::default() },
+            delay: pace.delay,
             record,
         }
     }
 
     fn finish(&mut self, watch: &mut dyn FnMut(&[DrivenStep])) -> Result<(), PlannerError> {
         loop {
-            while let Some(at) = self.next_arrival().filter(|&at| at <= self.executor.clock.now) {
-                self.ask(at)?;
+            while self.next_arrival().is_some_and(|at| at <= self.executor.clock.now) {
+                self.ask()?;
             }
             if self.schedulers.iter().all(Scheduler::is_idle) {
                 match self.next_arrival() {
@@ -193,18 +206,19 @@ impl<'p, 'm> Run<'p, 'm> {
         }
     }
 
+    /// When the scheduler learns of the next request.
     fn next_arrival(&self) -> Option<f64> {
-        self.asks.get(self.asked)?.at
+        self.asks.get(self.asked)?.at.map(|at| at + self.delay)
     }
 
     /// The next request goes to the group that has the least to do.
-    fn ask(&mut self, at: f64) -> Result<(), PlannerError> {
+    fn ask(&mut self) -> Result<(), PlannerError> {
         let idx = self.asked;
         let ask = self.asks[idx];
         let group = (0..self.open.len()).min_by_key(|&group| self.open[group]).expect("at least one group");
         self.schedulers[group].add(ask.request(idx, self.shared_prefix))?;
         self.open[group] += ask.input + ask.output;
-        self.record.ask(idx, at);
+        self.record.ask(idx, ask.at.expect("it has come"));
         self.asked += 1;
         Ok(())
     }

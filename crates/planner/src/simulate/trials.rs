@@ -3,7 +3,7 @@
 use moesaic_spec::Workload;
 use serde::{Deserialize, Serialize};
 
-use super::{Simulated, Simulation, simulate};
+use super::{Simulated, Simulation, pace, room, run};
 use crate::PlannerError;
 use crate::predict::{Estimate, Predictor};
 
@@ -28,19 +28,22 @@ pub struct Trials {
 /// them, what prices may be off, and what a whole system adds.
 ///
 /// # Errors
-/// Those of [`simulate`].
+/// Those of [`simulate`](super::simulate()).
 pub fn trials(
     predictor: &mut Predictor,
     simulation: &Simulation,
     trials: usize,
 ) -> Result<(Simulated, Trials), PlannerError> {
-    let first = simulate(predictor, simulation)?;
-    let mut all = vec![first];
+    let kv_tokens = room(predictor, simulation)?;
+    // Seeds differ in when requests come, and not in who serves.
+    let pace = pace(predictor, simulation, kv_tokens)?;
+    let mut simulate = |simulation: &Simulation| run(predictor, simulation, kv_tokens, pace, &mut |_| ());
+    let mut all = vec![simulate(simulation)?];
     for trial in 1..trials.max(1) as u64 {
         let seed = simulation.workload.seed.wrapping_add(trial);
         let workload = Workload { seed, ..simulation.workload.clone() };
         let stragglers = simulation.stragglers.map(|seed| seed.wrapping_add(trial));
-        all.push(simulate(predictor, &Simulation { workload: &workload, stragglers, ..*simulation })?);
+        all.push(simulate(&Simulation { workload: &workload, stragglers, ..*simulation })?);
     }
     let Simulated { ttft_sd, tpot_sd, .. } = all[0];
     let of = |sd: f64, of: &dyn Fn(&Simulated) -> f64| {

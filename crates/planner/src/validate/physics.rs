@@ -349,7 +349,7 @@ impl Case {
                 ttft_s: None,
                 tpot_s: None,
             },
-            stack: iterations.costs().stack(),
+            stack: iterations.stack(),
             params: (counts.params_active as f64, counts.params_total as f64),
             formats: iterations.formats(),
             physics: Physics::of_serving(iterations, layout, requests, kv_tokens, serving)?,
