@@ -12,6 +12,11 @@ use super::table::Stack;
 /// Cost of a launch in the ideal roofline, seconds: inside a CUDA graph, as tables are measured.
 const LAUNCH_S: f64 = 1e-6;
 
+/// Heads that share a block of latent attention.
+const HEADS_OF_BLOCK: f64 = 16.0;
+/// Fewer rows, or experts with rows, are as few.
+const LEAST_ROWS: f64 = 1e-3;
+
 /// An op where it was measured, or as if it had been.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place<'a> {
@@ -22,20 +27,35 @@ pub(super) struct Place<'a> {
     pub(super) kernel: &'a str,
 }
 
-/// Seconds that factors are told by.
+/// Bytes of a number of a row: 16 bits.
+const ROW: f64 = 2.0;
+
+/// Seconds that factors are told by: a roofline of the work as kernels do it where that is known, so that less is left to
+/// learn.
 pub(super) fn unit_seconds(gpu: &Gpu, op: &Op) -> f64 {
-    roofline::ideal_seconds(gpu, op, LAUNCH_S)
+    let (flops, peak, bytes) = match *op {
+        Op::Experts { hidden, .. } | Op::ExpertsDeepEp { hidden, .. } => {
+            let part = op.expert_part().expect("experts");
+            let dealt = part.dealt();
+            let bytes = dealt.touched * part.weights_of_one * op.precision().bytes() + dealt.rows * hidden * 2.0 * ROW;
+            (2.0 * dealt.padded * part.weights_of_one, op.precision().peak(gpu), bytes)
+        }
+        // Latents are widened before they are multiplied, whatever the cache holds.
+        Op::MlaDecode { .. } => (op.flops(), gpu.peak_flops.bf16, op.bytes()),
+        _ => return roofline::ideal_seconds(gpu, op, LAUNCH_S),
+    };
+    LAUNCH_S * roofline::launches(op) + (flops / peak).max(bytes / gpu.memory_bandwidth)
 }
 
 impl Place<'_> {
     /// Names of the categories that the place is in.
     pub(super) fn categories(&self) -> [String; 3] {
-        [
-            format!("device {}", self.device),
-            // A kernel's name says whose it is.
-            if self.kernel.is_empty() { format!("stack {:?}", self.stack) } else { format!("kernel {}", self.kernel) },
-            format!("precision {:?}", self.op.precision()),
-        ]
+        [format!("device {}", self.device), self.library(), format!("precision {:?}", self.op.precision())]
+    }
+
+    /// The kernel, or whose it is where it has no name: a kernel's name says whose it is.
+    pub(super) fn library(&self) -> String {
+        if self.kernel.is_empty() { format!("stack {:?}", self.stack) } else { format!("kernel {}", self.kernel) }
     }
 
     /// Coordinates: logarithms of sizes, then 1 or 0 for each category.
@@ -58,7 +78,7 @@ impl Place<'_> {
             Op::Experts { tokens, hidden, top_k, experts, ep, skew, .. }
             | Op::ExpertsDeepEp { tokens, hidden, top_k, experts, ep, skew, .. } => {
                 let part = op.expert_part().expect("experts");
-                let loads = part.loads();
+                let dealt = part.dealt();
                 vec![
                     tokens.ln(),
                     hidden.ln(),
@@ -66,11 +86,13 @@ impl Place<'_> {
                     (experts / ep).ln(),
                     ep.ln(),
                     top_k.ln(),
-                    loads.rows.max(1e-3).ln(),
-                    (loads.rows / loads.touched.max(1e-3)).max(1e-3).ln(),
-                    loads.fullest.max(1e-3).ln(),
+                    dealt.rows.max(LEAST_ROWS).ln(),
+                    (dealt.rows / dealt.touched.max(LEAST_ROWS)).max(LEAST_ROWS).ln(),
+                    dealt.fullest.max(LEAST_ROWS).ln(),
                     unit,
                     skew,
+                    // Even loads are dealt, others drawn.
+                    if skew > 0.0 { 1.0 } else { 0.0 },
                     roofline::waves(gpu, op).ln(),
                 ]
             }
@@ -89,11 +111,16 @@ impl Place<'_> {
                 (heads as f64).ln(),
                 (heads as f64 / kv_heads as f64).ln(),
                 (head_dim as f64).ln(),
-                (seqs * kv_heads as f64).ln(),
+                // How many multiprocessors have a key head of their own.
+                (seqs * kv_heads as f64 / gpu.sms as f64).min(1.0).ln(),
                 unit,
             ],
             Op::MlaDecode { seqs, context, heads, .. } => {
-                vec![seqs.ln(), context.ln(), (heads as f64).ln(), (seqs * context).ln(), unit]
+                // A kernel that does not cut the context has a block for so many heads of a sequence, and leaves
+                // multiprocessors idle where these are few.
+                let blocks = seqs * (heads as f64 / HEADS_OF_BLOCK).ceil();
+                let busy = (blocks / gpu.sms as f64).min(1.0);
+                vec![seqs.ln(), context.ln(), (heads as f64).ln(), unit, busy.ln(), intensity]
             }
             Op::MlaPrefill { .. } | Op::Stream { .. } => unreachable!("no table has this op"),
         }

@@ -32,8 +32,9 @@ pub enum Family {
 
 /// Rows that train networks; fewer are met better by kriging alone.
 const LEAST_ROWS_OF_NETWORKS: usize = 1_000;
-/// Networks whose mean predicts: what one sees in too few rows, others do not.
-const NETWORKS: usize = 3;
+/// Networks whose mean predicts: what one sees in too few rows, others do not. Each leaves out another part of the rows, by
+/// which it knows when to stop.
+const NETWORKS: usize = 6;
 /// Length scales to the nearest row within which it speaks for an op.
 pub(super) const NEAR: f64 = 1.0;
 const TRAINING: Training = Training { minibatch: 16, max_epochs: 60, patience: 15, learning_rate: 4e-3 };
@@ -65,14 +66,40 @@ impl Widening {
 pub(super) struct Fit {
     categories: BTreeSet<String>,
     network: Network,
+    groups: BTreeMap<String, Group>,
+    widening: Widening,
+}
+
+/// How factors of rows change that kriging takes together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Group {
+    /// What they are above the mean of all.
+    whole: Variogram,
+    /// What networks leave over, where there are any.
+    rest: Option<Variogram>,
+}
+
+/// What [`Kriging`] learns.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Variogram {
     /// Of the coordinates.
     scales: Vec<f64>,
     sill: f64,
     nugget: f64,
-    widening: Widening,
 }
 
-/// Networks with what their inputs and output are standardised by. Without any network, the mean of all samples.
+impl Variogram {
+    fn learn(points: Vec<Point>, start: &[f64]) -> Variogram {
+        let kriging = Kriging::fit(points, start, None);
+        Variogram { scales: kriging.scales().to_vec(), sill: kriging.sill(), nugget: kriging.nugget() }
+    }
+
+    fn among(&self, points: Vec<Point>) -> Kriging {
+        Kriging::new(points, self.scales.clone(), self.sill, self.nugget)
+    }
+}
+
+/// Networks with what their inputs and output are standardised by.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Network {
     mean: Vec<f64>,
@@ -98,8 +125,7 @@ impl Network {
         };
         let samples: Vec<Sample> =
             samples.iter().map(|(x, y)| (network.standardised(x), (y - output_mean) / network.output_scale)).collect();
-        // Each network leaves out another sixth of the samples, by which it knows when to stop.
-        let part = |idx: usize| (random::uniform(77, idx as u64) * 6.0) as usize;
+        let part = |idx: usize| (random::uniform(77, idx as u64) * NETWORKS as f64) as usize;
         let networks = if samples.len() < LEAST_ROWS_OF_NETWORKS { 0 } else { NETWORKS };
         for left_out in 0..networks {
             let choose = |kept: bool| -> Vec<Sample> {
@@ -114,6 +140,27 @@ impl Network {
         network
     }
 
+    /// What kriging takes together. Where networks know what kernels share, each kernel is looked at for itself: tuned tiles
+    /// make one's steps where another has none.
+    fn group(&self, place: &Place) -> String {
+        if self.networks.is_empty() {
+            String::new()
+        } else {
+            format!("{}, {:?}", place.library(), place.op.precision())
+        }
+    }
+
+    /// Samples above their mean.
+    fn whole(&self, samples: &[(Vec<f64>, f64)]) -> Vec<Point> {
+        samples.iter().map(|(at, y)| Point { value: y - self.output_mean, at: at.clone() }).collect()
+    }
+
+    /// What networks leave over of samples; `None` without networks.
+    fn rest(&self, samples: &[(Vec<f64>, f64)]) -> Option<Vec<Point>> {
+        let rest = |(at, y): &(Vec<f64>, f64)| Point { value: y - self.predict(at), at: at.clone() };
+        (!self.networks.is_empty()).then(|| samples.iter().map(rest).collect())
+    }
+
     fn standardised(&self, x: &[f64]) -> Vec<f64> {
         x.iter().zip(self.mean.iter().zip(&self.scale)).map(|(x, (mean, scale))| (x - mean) * scale).collect()
     }
@@ -121,7 +168,7 @@ impl Network {
     fn predict(&self, x: &[f64]) -> f64 {
         let x = self.standardised(x);
         let sum: f64 = self.networks.iter().map(|mlp| mlp.predict(&x)).sum();
-        self.output_mean + self.output_scale * sum / self.networks.len().max(1) as f64
+        self.output_mean + self.output_scale * sum / self.networks.len() as f64
     }
 }
 
@@ -157,60 +204,91 @@ impl Fit {
         let samples: Vec<(Vec<f64>, f64)> =
             factors.iter().map(|(place, y)| (place.coordinates(&categories), *y)).collect();
         let network = Network::train(&samples);
-        let inputs = samples[0].0.len();
-        let sizes = inputs - categories.len();
-        let start = like.filter(|like| like.categories == categories).map_or_else(
-            || (0..inputs).map(|i| if i < sizes { 2.0 } else { 1.0 }).collect(),
-            |like| like.scales.clone(),
-        );
-        let points = points(&network, samples);
-        let kriging = Kriging::fit(points, &start, None);
-        Fit {
-            categories,
-            network,
-            scales: kriging.scales().to_vec(),
-            sill: kriging.sill(),
-            nugget: kriging.nugget(),
-            widening: Widening { near: 1.0, far: 1.0 },
+        let sizes = samples[0].0.len() - categories.len();
+        let first: Vec<f64> = (0..samples[0].0.len()).map(|i| if i < sizes { 2.0 } else { 1.0 }).collect();
+        let like = like.filter(|like| like.categories == categories);
+        let mut by_group: BTreeMap<String, Vec<(Vec<f64>, f64)>> = BTreeMap::new();
+        for ((place, _), sample) in factors.iter().zip(samples) {
+            by_group.entry(network.group(place)).or_default().push(sample);
         }
+        let group = |(name, samples): (String, Vec<(Vec<f64>, f64)>)| {
+            let like = like.and_then(|like| like.groups.get(&name));
+            let start = |like: Option<&Variogram>| like.map_or(first.clone(), |like| like.scales.clone());
+            let whole = Variogram::learn(network.whole(&samples), &start(like.map(|like| &like.whole)));
+            let rest = network.rest(&samples);
+            let rest = rest.map(|rest| Variogram::learn(rest, &start(like.and_then(|like| like.rest.as_ref()))));
+            (name, Group { whole, rest })
+        };
+        let groups = by_group.into_iter().map(group).collect();
+        Fit { categories, network, groups, widening: Widening { near: 1.0, far: 1.0 } }
     }
-}
-
-/// What the network leaves over.
-fn points(network: &Network, samples: Vec<(Vec<f64>, f64)>) -> Vec<Point> {
-    samples.into_iter().map(|(at, y)| Point { value: y - network.predict(&at), at }).collect()
 }
 
 /// A fit with the rows that it stands among.
 #[derive(Debug)]
 pub(super) struct Factors {
     pub(super) fit: Fit,
-    kriging: Kriging,
+    /// By name of the group: how factors change, and what networks leave over.
+    krigings: BTreeMap<String, (Kriging, Option<Kriging>)>,
+    /// Of each precision, the stack and kernel with most rows, which stand for those without any.
+    usual: BTreeMap<Precision, (Stack, String)>,
     /// Rows by stack, precision and kernel.
     kernels: BTreeMap<(Stack, Precision), BTreeMap<String, usize>>,
 }
 
 impl Factors {
     pub(super) fn new(fit: Fit, rows: &[&Row]) -> Factors {
-        let sample = |row: &&Row| {
-            let (place, y) = factor(row);
-            (place.coordinates(&fit.categories), y)
-        };
-        let points = points(&fit.network, rows.iter().map(sample).collect());
-        let kriging = Kriging::new(points, fit.scales.clone(), fit.sill, fit.nugget);
         let mut kernels: BTreeMap<_, BTreeMap<String, usize>> = BTreeMap::new();
+        let mut by_group: BTreeMap<String, Vec<(Vec<f64>, f64)>> = BTreeMap::new();
         for row in rows {
-            *kernels.entry((row.stack, row.op.precision())).or_default().entry(row.kernel.clone()).or_default() += 1;
+            let precision = row.op.precision();
+            *kernels.entry((row.stack, precision)).or_default().entry(row.kernel.clone()).or_default() += 1;
+            let (place, y) = factor(row);
+            by_group.entry(fit.network.group(&place)).or_default().push((place.coordinates(&fit.categories), y));
         }
-        Factors { fit, kriging, kernels }
+        let mut usual: BTreeMap<Precision, (usize, (Stack, String))> = BTreeMap::new();
+        for ((stack, precision), kernels) in &kernels {
+            for (kernel, &count) in kernels {
+                let most = usual.entry(*precision).or_default();
+                if count > most.0 {
+                    *most = (count, (*stack, kernel.clone()));
+                }
+            }
+        }
+        let usual = usual.into_iter().map(|(precision, (_, name))| (precision, name)).collect();
+        let krigings = by_group.into_iter().map(|(name, samples)| {
+            // Rows that came after the fit change as others do.
+            let group = fit.groups.get(&name).or_else(|| fit.groups.values().next()).expect("a fit has a group");
+            let whole = group.whole.among(fit.network.whole(&samples));
+            let rest = group.rest.as_ref().zip(fit.network.rest(&samples)).map(|(rest, points)| rest.among(points));
+            (name, (whole, rest))
+        });
+        Factors { krigings: krigings.collect(), usual, kernels, fit }
     }
 
-    /// The logarithm of the factor at a place.
+    /// The logarithm of the factor at a place. With networks it is the mean of what kriging says with them and without them,
+    /// each weighted by how sure it is: their errors are hardly the same.
     pub(super) fn predict(&self, place: &Place) -> Estimate {
+        let network = &self.fit.network;
+        let mut place = *place;
+        if !self.krigings.contains_key(&network.group(&place)) {
+            let usual = self.usual.get(&place.op.precision()).or_else(|| self.usual.values().next());
+            let (stack, kernel) = usual.expect("factors have rows");
+            (place.stack, place.kernel) = (*stack, kernel);
+        }
         let at = place.coordinates(&self.fit.categories);
-        let rest = self.kriging.predict(&at);
-        let mean = rest.mean + self.fit.network.predict(&at);
-        Estimate { mean, sd: rest.sd * self.fit.widening.at(rest.distance), ..rest }
+        let known = self.krigings.get(&network.group(&place));
+        let (whole, rest) = known.or_else(|| self.krigings.values().next()).expect("factors have rows");
+        let mut estimate = whole.predict(&at);
+        estimate.mean += network.output_mean;
+        if let Some(rest) = rest {
+            let rest = rest.predict(&at);
+            let (with, without) = (rest.sd.powi(-2), estimate.sd.powi(-2));
+            let mean = (with * (rest.mean + network.predict(&at)) + without * estimate.mean) / (with + without);
+            // Both rest on the same rows, so the mean is as sure as they are, and no surer.
+            estimate = Estimate { mean, sd: (2.0 / (with + without)).sqrt(), distance: rest.distance };
+        }
+        Estimate { sd: estimate.sd * self.fit.widening.at(estimate.distance), ..estimate }
     }
 
     /// The kernel that a stack uses most for a precision.

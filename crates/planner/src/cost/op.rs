@@ -3,7 +3,7 @@
 use moesaic_spec::Gpu;
 use serde::{Deserialize, Serialize};
 
-use super::skew::Loads;
+use super::skew::{Dealt, Loads};
 
 /// What weights, or keys and values, are held in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -308,6 +308,11 @@ impl ExpertPart {
     /// Rows and experts with rows of the rank that is looked at.
     pub(super) fn loads(&self) -> Loads {
         Loads::of(self.tokens, self.top_k, self.experts, self.ep, self.skew)
+    }
+
+    /// Loads as tables have them.
+    pub(super) fn dealt(&self) -> Dealt {
+        Dealt::of(self.tokens, self.top_k, self.experts, self.ep, self.skew)
     }
 }
 

@@ -37,7 +37,7 @@ pub(super) fn ideal_seconds(gpu: &Gpu, op: &Op, launch_s: f64) -> f64 {
 }
 
 /// Kernels that an op starts one after another.
-fn launches(op: &Op) -> f64 {
+pub(super) fn launches(op: &Op) -> f64 {
     match op {
         // Sort, gate and up, activation, down, sum.
         Op::Experts { .. } => 5.0,
