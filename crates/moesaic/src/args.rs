@@ -142,6 +142,9 @@ pub(crate) struct PlanArgs {
     /// A preset or a file; a preset grows with --gpus.
     #[arg(long, value_name = "CLUSTER")]
     pub cluster: String,
+    /// Price ops and links from the tables in this folder, which moesaic profile wrote.
+    #[arg(long, value_name = "DIR")]
+    pub tables: Option<PathBuf>,
     /// Lengths of prompts and answers: a preset or a file.
     #[arg(long, value_name = "WORKLOAD", default_value = "chat")]
     pub workload: String,
@@ -228,6 +231,9 @@ pub(crate) struct PredictArgs {
     /// Cluster: a preset or a file [default: what the plan names].
     #[arg(long, value_name = "CLUSTER", help_heading = "Prediction")]
     pub cluster: Option<String>,
+    /// Price ops and links from the tables in this folder, which moesaic profile wrote.
+    #[arg(long, value_name = "DIR", help_heading = "Prediction")]
+    pub tables: Option<PathBuf>,
     /// Requests: a preset or a file [default: what the plan names].
     #[arg(long, value_name = "WORKLOAD", help_heading = "Prediction")]
     pub workload: Option<String>,
@@ -284,6 +290,9 @@ pub(crate) struct ValidateArgs {
     /// Measured ops and collectives (CSV: gpu, op, params, latency_us, framework).
     #[arg(long, value_name = "FILE")]
     pub ops: Option<PathBuf>,
+    /// A folder of tables that moesaic profile wrote: how well each row is met by the others.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["ops", "e2e", "json", "output"])]
+    pub tables: Option<PathBuf>,
     /// Measured served models (CSV: backend, model_path, system, mode, isl, osl, sizes, silicon_ttft_ms, silicon_tpot_ms).
     #[arg(long, value_name = "FILE")]
     pub e2e: Option<PathBuf>,

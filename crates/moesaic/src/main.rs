@@ -6,6 +6,7 @@ mod folder;
 mod plans;
 mod predicted;
 mod progress;
+mod tables;
 
 use std::process::ExitCode;
 

@@ -11,10 +11,11 @@ use moesaic_planner::iteration::Layout;
 use moesaic_planner::load::{ExpertLoad, LoadModel};
 use moesaic_planner::memory::DEFAULT_UTILIZATION;
 use moesaic_planner::predict::Predictor;
+use moesaic_planner::tables::OwnTables;
 use moesaic_spec::{Arrival, Cluster, ModelSpec, Workload};
 
 use crate::args::PredictArgs;
-use crate::plans;
+use crate::{plans, tables};
 
 /// A plan, checked, and what it serves.
 pub(crate) struct Predicted {
@@ -24,6 +25,7 @@ pub(crate) struct Predicted {
     pub(crate) workload: Workload,
     pub(crate) layout: Layout,
     pub(crate) load: Option<Arc<ExpertLoad>>,
+    pub(crate) tables: Option<OwnTables>,
 }
 
 impl Predicted {
@@ -44,7 +46,8 @@ impl Predicted {
         let plan = plans::resolve(file, &model, &cluster).with_context(|| path.display().to_string())?;
         let layout = Layout::of(&plan.file, &cluster);
         let load = load(&args.routing, &model)?;
-        Ok(Predicted { plan, model, cluster, workload, layout, load })
+        let tables = args.tables.as_deref().map(|dir| tables::open(dir, &cluster)).transpose()?;
+        Ok(Predicted { plan, model, cluster, workload, layout, load, tables })
     }
 
     /// Share of a GPU's memory that may be used.
@@ -59,7 +62,12 @@ impl Predicted {
 
     /// Predicts it.
     pub(crate) fn predictor(&self) -> Predictor<'_> {
-        Predictor { utilization: self.utilization(), ..Predictor::new(&self.model, &self.cluster, self.load.clone()) }
+        let load = self.load.clone();
+        let predictor = match &self.tables {
+            Some(tables) => Predictor::by_tables(tables, &self.model, &self.cluster, load),
+            None => Predictor::new(&self.model, &self.cluster, load),
+        };
+        Predictor { utilization: self.utilization(), ..predictor }
     }
 }
 

@@ -14,6 +14,7 @@ use crate::load::ExpertLoad;
 use crate::memory::{DEFAULT_UTILIZATION, Footprint, Memory};
 use crate::network::{Library, Network};
 use crate::serving::{self, Requests, Serving};
+use crate::tables::OwnTables;
 
 /// Predicts plans of one model on one cluster.
 pub struct Predictor<'a> {
@@ -35,6 +36,18 @@ impl<'a> Predictor<'a> {
     pub fn new(model: &'a ModelSpec, cluster: &'a Cluster, load: Option<Arc<ExpertLoad>>) -> Predictor<'a> {
         let (costs, network) = (CostModel::new(&cluster.gpu, Stack::default()), Network::new(cluster, Library::Custom));
         let iterations = Iterations::new(model, cluster, Formats::of(model), costs, network, load);
+        Predictor { iterations, utilization: DEFAULT_UTILIZATION, system_sd: SYSTEM_SD }
+    }
+
+    /// By the tables of a machine, as our own engine runs the model there.
+    pub fn by_tables(
+        tables: &OwnTables,
+        model: &'a ModelSpec,
+        cluster: &'a Cluster,
+        load: Option<Arc<ExpertLoad>>,
+    ) -> Predictor<'a> {
+        let (costs, network) = (tables.costs(&cluster.gpu), tables.network(cluster));
+        let iterations = Iterations::new(model, cluster, Formats::of_engine(model), costs, network, load);
         Predictor { iterations, utilization: DEFAULT_UTILIZATION, system_sd: SYSTEM_SD }
     }
 }

@@ -21,7 +21,7 @@ fn explained(model: &ModelSpec, layout: Layout, concurrency: f64) -> Explained {
     };
     let cluster = moesaic_spec::cluster_preset("dgx-h100-x2").unwrap();
     let load = Some(ExpertLoad::new(LoadModel::Zipf(0.8), 128, 8).unwrap().into());
-    explain(&Given { model, cluster, layout, requests, load, utilization: 0.9 }).unwrap()
+    explain(&Given { model, cluster, layout, requests, load, utilization: 0.9, tables: None }).unwrap()
 }
 
 fn placed(dp: usize) -> Layout {

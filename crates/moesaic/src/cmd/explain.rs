@@ -50,6 +50,7 @@ fn prediction(predicted: &Predicted) -> Result<String> {
         requests,
         load: predicted.load.clone(),
         utilization: predicted.utilization(),
+        tables: predicted.tables.clone(),
     };
     match whatif::explain(&given) {
         Ok(explained) => Ok(explained.to_string()),

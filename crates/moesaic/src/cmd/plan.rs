@@ -21,7 +21,7 @@ use moesaic_spec::{Cluster, ModelSpec, TokenRange, Workload};
 
 use crate::args::PlanArgs;
 use crate::folder::named_spec;
-use crate::plans;
+use crate::{plans, tables};
 
 /// Tokens of one iteration of a group at most: what serving engines take on GPUs of 80 GB and more.
 const STEP_TOKENS: usize = 8192;
@@ -80,7 +80,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     };
     let names = Names { model: &model_name, cluster: &cluster_name, workload: &args.workload };
     let setting = Setting { names, workload: &workload, top: usize::from(args.top) };
-    let mut predictor = predictor(&model, &cluster, args.zipf)?;
+    let mut predictor = predictor(args, &model, &cluster)?;
     let working = patiently(format!("searching plans of {model_name} on up to {most} GPUs …"));
     let planning = Planning::new(&search, &mut predictor, &setting, assumptions(args, &workload))?;
     drop(working);
@@ -108,10 +108,15 @@ fn grown(cluster: &Cluster, name: &str, gpus: usize) -> Result<(Cluster, String)
 }
 
 /// Prices of one model on one cluster.
-fn predictor<'a>(model: &'a ModelSpec, cluster: &'a Cluster, zipf: f64) -> Result<Predictor<'a>> {
+fn predictor<'a>(args: &PlanArgs, model: &'a ModelSpec, cluster: &'a Cluster) -> Result<Predictor<'a>> {
+    let zipf = args.zipf;
     let popularity = if zipf == 0.0 { LoadModel::Uniform } else { LoadModel::Zipf(zipf) };
     let moe = model.layers.iter().find_map(|ffn| ffn.as_moe());
     let load = moe.map(|moe| ExpertLoad::new(popularity, moe.num_experts, moe.top_k)).transpose().context("--zipf")?;
+    if let Some(dir) = &args.tables {
+        let predictor = Predictor::by_tables(&tables::open(dir, cluster)?, model, cluster, load.map(Into::into));
+        return Ok(Predictor { system_sd: UNMEASURED_SYSTEM_SD, ..predictor });
+    }
     let (costs, network) = (CostModel::new(&cluster.gpu, Stack::default()), Network::new(cluster, Library::Custom));
     Ok(Predictor {
         iterations: Iterations::new(model, cluster, Formats::of(model), costs, network, load.map(Into::into)),
@@ -141,6 +146,13 @@ fn assumptions(args: &PlanArgs, workload: &Workload) -> Vec<String> {
         0.0 => "All experts are equally popular; the fullest rank has what chance gives it.".to_owned(),
         s => format!("The i-th most popular expert is chosen by i to the power of -{s}."),
     };
+    let (prices, cache) = match &args.tables {
+        Some(dir) => (
+            format!("Ops and links are priced from the tables in {}, as this program runs them.", dir.display()),
+            "keys and values are in the type that the model computes in",
+        ),
+        None => ("Ops and links are priced from published measurements.".to_owned(), "keys and values are in 16 bits"),
+    };
     vec![
         format!(
             "Prompts of {input} tokens and answers of {output}, in the mean, and no prefix cached; of a workload only lengths \
@@ -149,7 +161,8 @@ fn assumptions(args: &PlanArgs, workload: &Workload) -> Vec<String> {
         "Users ask the next question when the last one is answered.".to_owned(),
         format!("Prompts are read beside answers, {STEP_TOKENS} tokens of a group in one iteration at most."),
         load,
-        format!("{:.0} % of a GPU's memory may be used; keys and values are in 16 bits.", 100.0 * DEFAULT_UTILIZATION),
+        format!("{:.0} % of a GPU's memory may be used; {cache}.", 100.0 * DEFAULT_UTILIZATION),
+        prices,
         "Intervals hold 9 of 10 systems, if prices of parts err independently and systems add what parts do not show."
             .to_owned(),
     ]

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use moesaic_plan::plan::{ExchangePrecision, Overlap};
 use moesaic_plan::{AllReduce, Collective};
-use moesaic_spec::{Cluster, LayerAttention, ModelSpec, Moe, WeightFormat, WeightFormats};
+use moesaic_spec::{Cluster, DType, LayerAttention, ModelSpec, Moe, WeightFormat, WeightFormats};
 
 pub use layout::{ExpertLayout, Layout};
 
@@ -101,10 +101,16 @@ impl Formats {
         Formats { dense: precision(dense), experts: precision(experts), kv: Precision::Bf16 }
     }
 
+    /// The same in our own engine: keys and values are in the type that it computes in.
+    pub fn of_engine(model: &ModelSpec) -> Formats {
+        let kv = if model.dtype.compute() == DType::F32 { Precision::F32 } else { Precision::Bf16 };
+        Formats { kv, ..Formats::of(model) }
+    }
+
     /// Type of a part's weights. Routers and heads are never quantised.
     pub(crate) fn of_part(self, part: Part) -> Precision {
         match part {
-            Part::Route | Part::Head => Precision::Bf16,
+            Part::Route | Part::Head if self.dense != Precision::F32 => Precision::Bf16,
             Part::Experts => self.experts,
             _ => self.dense,
         }

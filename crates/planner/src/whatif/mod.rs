@@ -16,6 +16,7 @@ use crate::iteration::{Iteration, Layout};
 use crate::load::ExpertLoad;
 use crate::predict::{Prediction, Predictor};
 use crate::serving::{Requests, Serving};
+use crate::tables::OwnTables;
 
 /// A plan and what it serves.
 #[derive(Clone, Debug)]
@@ -32,11 +33,17 @@ pub struct Given<'a> {
     pub load: Option<Arc<ExpertLoad>>,
     /// Share of a GPU's memory that may be used.
     pub utilization: f64,
+    /// Tables that ops and links are priced from, instead of the published ones.
+    pub tables: Option<OwnTables>,
 }
 
 impl Given<'_> {
     fn predict(&self) -> Result<(Serving, Prediction), PlannerError> {
-        let mut predictor = Predictor::new(self.model, &self.cluster, self.load.clone());
+        let load = self.load.clone();
+        let mut predictor = match &self.tables {
+            Some(tables) => Predictor::by_tables(tables, self.model, &self.cluster, load),
+            None => Predictor::new(self.model, &self.cluster, load),
+        };
         predictor.utilization = self.utilization;
         predictor.predict_serving(&self.layout, &self.requests)
     }
