@@ -266,3 +266,18 @@ fn tables_that_cannot_be_are_refused() {
         assert!(message.contains(sentence), "{message}");
     }
 }
+
+/// The tables that this repository has of a machine, by the cluster file beside them.
+#[test]
+fn measured_tables_price_what_they_measured() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bench/results/cpu-2core-avx512-bf16");
+    let text = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    let cluster = Cluster::from_yaml(&text("cluster.yaml"), "cluster.yaml").unwrap();
+    let ops = ["gemm", "moe", "attn_decode", "attn_prefill", "send_receive", "all_reduce"];
+    let files: Vec<TableFile> = ops.iter().map(|op| table(op, text(&format!("{op}.csv")))).collect();
+    let costs = OwnTables::read(&cluster, &files).unwrap().costs(&cluster.gpu);
+    let (rows, _) = moesaic_planner::tables::rows(&cluster, &files).unwrap();
+    let mut errors: Vec<f64> = rows.iter().map(|row| (costs.price(&row.op).seconds / row.seconds).ln().abs()).collect();
+    errors.sort_by(f64::total_cmp);
+    assert!(errors.len() > 80 && errors[errors.len() / 2] < 0.03, "{errors:?}");
+}
