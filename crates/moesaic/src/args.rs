@@ -244,6 +244,9 @@ pub(crate) struct PricingArgs {
     /// Program whose kernels are priced, and whose own time, where it was measured, is part of what users see.
     #[arg(long, value_name = "PROGRAM", value_enum, default_value_t, help_heading = "Prediction")]
     pub backend: BackendArg,
+    /// Price ops and links from the tables in this folder, which moesaic profile wrote, instead.
+    #[arg(long, value_name = "DIR", conflicts_with = "backend", help_heading = "Prediction")]
+    pub tables: Option<PathBuf>,
     /// Load of the experts: uniform, zipf:S, power-law:A, or the file of a routing trace that compare wrote.
     #[arg(long, value_name = "ROUTING", default_value = "uniform", help_heading = "Prediction")]
     pub routing: String,
@@ -318,6 +321,9 @@ pub(crate) struct ValidateArgs {
     /// Measured ops and collectives (CSV: gpu, op, params, latency_us, framework).
     #[arg(long, value_name = "FILE")]
     pub ops: Option<PathBuf>,
+    /// A folder of tables that moesaic profile wrote: how well each row is met by the others.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["ops", "e2e", "json", "output"])]
+    pub tables: Option<PathBuf>,
     /// Measured served models (CSV: backend, model_path, system, mode, isl, osl, sizes, silicon_ttft_ms, silicon_tpot_ms).
     #[arg(long, value_name = "FILE")]
     pub e2e: Option<PathBuf>,

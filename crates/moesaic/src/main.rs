@@ -7,6 +7,7 @@ mod plans;
 mod predicted;
 mod pricing;
 mod progress;
+mod tables;
 
 use std::process::ExitCode;
 

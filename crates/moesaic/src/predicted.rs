@@ -9,10 +9,10 @@ use moesaic_plan::{Plan, PlanFile};
 use moesaic_planner::iteration::Layout;
 use moesaic_planner::load::ExpertLoad;
 use moesaic_planner::memory::DEFAULT_UTILIZATION;
-use moesaic_planner::predict::Predictor;
+use moesaic_planner::predict::{Predictor, Pricing};
 use moesaic_spec::{Arrival, Cluster, ModelSpec, Workload};
 
-use crate::args::{PredictArgs, PricingArgs};
+use crate::args::PredictArgs;
 use crate::plans;
 
 /// A plan, checked, and what it serves.
@@ -23,7 +23,7 @@ pub(crate) struct Predicted {
     pub(crate) workload: Workload,
     pub(crate) layout: Layout,
     pub(crate) load: Option<Arc<ExpertLoad>>,
-    pub(crate) pricing: PricingArgs,
+    pub(crate) pricing: Pricing,
 }
 
 impl Predicted {
@@ -43,7 +43,7 @@ impl Predicted {
         }
         let plan = plans::resolve(file, &model, &cluster).with_context(|| path.display().to_string())?;
         let layout = Layout::of(&plan.file, &cluster);
-        let (load, pricing) = (args.pricing.load(&model)?, args.pricing.clone());
+        let (load, pricing) = (args.pricing.load(&model)?, args.pricing.open(&cluster)?);
         Ok(Predicted { plan, model, cluster, workload, layout, load, pricing })
     }
 
@@ -59,7 +59,7 @@ impl Predicted {
 
     /// Predicts it.
     pub(crate) fn predictor(&self) -> Predictor<'_> {
-        let predictor = self.pricing.predictor(&self.model, &self.cluster, self.load.clone());
+        let predictor = Predictor::new(&self.model, &self.cluster, self.pricing.clone(), self.load.clone());
         Predictor { utilization: self.utilization(), ..predictor }
     }
 }

@@ -6,21 +6,19 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use moesaic_plan::eplb::RoutingTrace;
 use moesaic_planner::load::{ExpertLoad, LoadModel};
-use moesaic_planner::predict::Predictor;
+use moesaic_planner::predict::Pricing;
 use moesaic_spec::{Cluster, ModelSpec};
 
 use crate::args::PricingArgs;
-use crate::plans;
+use crate::{plans, tables};
 
 impl PricingArgs {
-    /// Prices of one model on one cluster.
-    pub(crate) fn predictor<'a>(
-        &self,
-        model: &'a ModelSpec,
-        cluster: &'a Cluster,
-        load: Option<Arc<ExpertLoad>>,
-    ) -> Predictor<'a> {
-        Predictor::new(model, cluster, self.backend.into(), load)
+    /// By whose measurements; of a folder without a cluster file, those of `cluster`.
+    pub(crate) fn open(&self, cluster: &Cluster) -> Result<Pricing> {
+        Ok(match &self.tables {
+            Some(dir) => Pricing::Own(tables::open(dir, cluster)?),
+            None => Pricing::Published(self.backend.into()),
+        })
     }
 
     /// How the experts of a model are loaded; `None` for a model without experts.

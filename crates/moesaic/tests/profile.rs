@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{moesaic, temp};
+use common::{arg, moesaic, temp};
 
 /// A grid of seconds.
 const SMALL: [&str; 10] = [
@@ -63,6 +63,86 @@ fn a_list_is_what_is_measured() {
     assert!(again.stderr.contains(&format!("{0} to measure, {0} of them", list.lines().count())), "{}", again.stderr);
     again.ok();
     assert_eq!(fs::read_to_string(dir.path().join("gemm.csv")).unwrap(), text);
+}
+
+/// A small model whose plans can be searched.
+fn model(dir: &Path) -> String {
+    let path = dir.join("small");
+    let init = ["init", "mixtral-8x7b", "--layers", "2", "--hidden", "64", "--heads", "4", "--experts", "4"];
+    moesaic(&[&init[..], &["--intermediate", "64", "--vocab", "256", "--output", arg(&path)]].concat()).ok();
+    arg(&path).to_owned()
+}
+
+#[test]
+fn a_machine_is_measured_and_then_planned_for() {
+    let dir = temp();
+    let (model, tables) = (model(dir.path()), dir.path().join("tables"));
+    let grid =
+        ["--max-num-batched-tokens", "16", "--max-num-seqs", "4", "--max-model-len", "256", "--dtype", "bfloat16"];
+    let profile = [&["profile", &model, "--num-threads", "1"], &grid[..], &["--output", arg(&tables)]].concat();
+    let told = moesaic(&[&profile[..], &["--op", "gemm,moe,attn_decode,attn_prefill"]].concat()).ok();
+    let left_out = |text: &str| text[text.find("error of a row left out").expect(text)..].to_owned();
+    assert!(["gemm", "moe", "attn_decode"].iter().all(|op| left_out(&told).contains(&format!("\n{op} "))), "{told}");
+    assert_eq!(left_out(&moesaic(&["validate", "--tables", arg(&tables)]).ok()), left_out(&told));
+
+    // Nothing is written by hand.
+    let cluster = tables.join("cluster.yaml");
+    let workload = dir.path().join("workload.yaml");
+    fs::write(&workload, "name: short\nnum_requests: 4\ninput_tokens: 16\noutput_tokens: 8\narrival: {closed: 1}\n")
+        .unwrap();
+    let out = dir.path().join("plan");
+    let by = ["--workload", arg(&workload), "--tables", arg(&tables)];
+    let plan = ["plan", &model, "--cluster", arg(&cluster), "--gpus", "1", "--concurrency", "1", "--output", arg(&out)];
+    moesaic(&[&plan[..], &by].concat()).ok();
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(out.join("report.json")).unwrap()).unwrap();
+    let sources = &report["best"]["prediction"]["sources"];
+    let share = |name: &str| sources[name].as_f64().unwrap();
+    assert!(share("table") > 0.1 && share("roofline") < 0.5, "{sources}");
+
+    // The same tables under the simulation and under what would help; other prices without them.
+    let best = out.join("plans/best.yaml");
+    let simulate = |more: &[&str]| moesaic(&[&["simulate", arg(&best), "--json", "-"], more].concat()).json();
+    let tpot = |json: &serde_json::Value| json["closed_form"]["tpot_s"]["value"].as_f64().unwrap();
+    let (own, published) = (simulate(&by), simulate(&by[..2]));
+    assert!(tpot(&own) != tpot(&published), "{own}");
+    let explain = |more: &[&str]| {
+        let text = moesaic(&[&["explain", arg(&best)], more].concat()).ok();
+        let line = text.lines().find(|line| line.contains("time per output token ")).expect(&text);
+        line.to_owned()
+    };
+    assert!(explain(&by) != explain(&by[..2]), "{}", explain(&by));
+}
+
+#[test]
+fn tables_that_cannot_be_are_refused() {
+    let dir = temp();
+    let plan = |more: &[&str]| {
+        let plan = ["plan", "mixtral-8x7b", "--cluster", "dgx-h100", "--output", arg(dir.path())];
+        moesaic(&[&plan[..], more].concat())
+    };
+    let tables = dir.path().join("tables");
+    plan(&["--tables", arg(&tables)]).refused(&["tables: is no folder"]);
+    fs::create_dir(&tables).unwrap();
+    plan(&["--tables", arg(&tables)]).refused(&["which has no table", "gemm.csv", "moesaic profile MODEL"]);
+    let gemm = tables.join("gemm.csv");
+    for (text, parts) in [
+        (
+            "dtype,m,colour\n",
+            ["gemm.csv, line 1, column colour: is not known; a table of gemm may have dtype, m, n, k", ""],
+        ),
+        (
+            "dtype,m,n,k,framework,version,latency_us\nbfloat16,8192,8192,8192,moesaic,0,5\n",
+            ["gemm.csv, line 2, column latency_us: 5.000 µs is faster than physics", "H100"],
+        ),
+        (
+            "dtype,m,n,k,framework,version,latency_us\nbfloat16,x,1,1,moesaic,0,5\n",
+            ["column m: x is not a number above 0", ""],
+        ),
+    ] {
+        fs::write(&gemm, text).unwrap();
+        plan(&["--tables", arg(&tables)]).refused(&parts);
+    }
+    moesaic(&["validate", "--tables", arg(&tables)]).refused(&["cluster.yaml"]);
 }
 
 #[test]

@@ -16,7 +16,8 @@ use moesaic_planner::validate::served::ServedFile;
 fn main() {
     let cases = calibration::published();
     let fits = std::env::args().any(|arg| arg == "--fit");
-    let learned = if fits { Learned::learn(&cases) } else { calibration::learned() };
+    let known = calibration::learned();
+    let learned = if fits { Learned::learn(&cases, &known) } else { known };
     let by_row = |idx: usize| (random::uniform(7, idx as u64) * 5.0) as usize;
     let all: Vec<&Case> = cases.iter().collect();
     let same = calibration::same_measurements(&all);

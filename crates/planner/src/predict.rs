@@ -15,6 +15,22 @@ use crate::memory::{DEFAULT_UTILIZATION, Footprint, Memory};
 use crate::network::{Library, Network};
 use crate::serving::{self, Requests, Serving};
 use crate::system::{Seen, System};
+use crate::tables::OwnTables;
+
+/// By whose measurements ops and links are priced.
+#[derive(Clone, Debug)]
+pub enum Pricing {
+    /// Published ones of a stack's kernels.
+    Published(Stack),
+    /// A machine's own of our engine.
+    Own(OwnTables),
+}
+
+impl From<Stack> for Pricing {
+    fn from(stack: Stack) -> Pricing {
+        Pricing::Published(stack)
+    }
+}
 
 /// Predicts plans of one model on one cluster.
 pub struct Predictor<'a> {
@@ -27,16 +43,25 @@ pub struct Predictor<'a> {
 }
 
 impl<'a> Predictor<'a> {
-    /// With the types of the model's own weights, and the kernels of a stack. Without `load`, all experts are loaded alike.
+    /// With the types of the model's own weights. Without `load`, all experts are loaded alike.
     pub fn new(
         model: &'a ModelSpec,
         cluster: &'a Cluster,
-        stack: Stack,
+        pricing: impl Into<Pricing>,
         load: Option<Arc<ExpertLoad>>,
     ) -> Predictor<'a> {
-        let (costs, network) = (CostModel::new(&cluster.gpu, stack), Network::new(cluster, Library::Custom));
-        let iterations = Iterations::new(model, cluster, Formats::of(model), costs, network, load);
-        Predictor { iterations, utilization: DEFAULT_UTILIZATION, system: System::of(stack) }
+        let (formats, costs, network, system) = match pricing.into() {
+            Pricing::Published(stack) => {
+                let network = Network::new(cluster, Library::Custom);
+                (Formats::of(model), CostModel::new(&cluster.gpu, stack), network, System::of(stack))
+            }
+            Pricing::Own(tables) => {
+                let (costs, network) = (tables.costs(&cluster.gpu), tables.network(cluster));
+                (Formats::of_engine(model), costs, network, System::UNMEASURED)
+            }
+        };
+        let iterations = Iterations::new(model, cluster, formats, costs, network, load);
+        Predictor { iterations, utilization: DEFAULT_UTILIZATION, system }
     }
 }
 

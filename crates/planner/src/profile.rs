@@ -47,12 +47,22 @@ pub struct Link {
 }
 
 /// What ranks do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LinkKind {
     /// One sends, another receives.
     SendReceive,
     /// All get the sum of what each has, 16-bit numbers.
     AllReduce,
+}
+
+impl LinkKind {
+    /// The name of its table.
+    pub fn table(self) -> &'static str {
+        match self {
+            LinkKind::SendReceive => "send_receive",
+            LinkKind::AllReduce => "all_reduce",
+        }
+    }
 }
 
 /// The smallest context that is measured: below it, attention costs what its call costs.
@@ -241,11 +251,7 @@ impl Wanted {
             }
             Wanted::Compute(op @ (Op::Stream { .. } | Op::ExpertsDeepEp { .. })) => panic!("{op:?} has no table"),
             Wanted::Link(Link { kind, ranks, bytes }) => {
-                let table = match kind {
-                    LinkKind::SendReceive => "send_receive",
-                    LinkKind::AllReduce => "all_reduce",
-                };
-                (table, [("gpus", ranks.to_string()), ("bytes", bytes.to_string())].into())
+                (kind.table(), [("gpus", ranks.to_string()), ("bytes", bytes.to_string())].into())
             }
         }
     }

@@ -287,7 +287,7 @@ mod tests {
         let formats = crate::iteration::Formats { dense: bf16, experts: bf16, kv: bf16 };
         let network = Network::new(cluster, Library::Nccl);
         let costs = CostModel::new(&cluster.gpu, Stack::default());
-        let mut iterations = Iterations::new(&model, cluster, formats, costs, network, None);
+        let mut iterations = Iterations::new(&model, cluster, formats, costs, network.clone(), None);
         step(&mut iterations, &network, layout, training).unwrap()
     }
 

@@ -23,8 +23,8 @@ fn explained(model: &ModelSpec, layout: Layout, concurrency: f64) -> Explained {
     };
     let cluster = moesaic_spec::cluster_preset("dgx-h100-x2").unwrap();
     let load = Some(ExpertLoad::new(LoadModel::Zipf(0.8), 128, 8).unwrap().into());
-    let (stack, system) = (Stack::Sglang, System::UNMEASURED);
-    explain(&Given { model, cluster, layout, requests, load, utilization: 0.9, stack, system }).unwrap()
+    let (pricing, system) = (Stack::Sglang.into(), System::UNMEASURED);
+    explain(&Given { model, cluster, layout, requests, load, utilization: 0.9, pricing, system }).unwrap()
 }
 
 fn placed(dp: usize) -> Layout {

@@ -12,6 +12,7 @@ pub use links::{Transport, measure_all_reduce, measure_send_receive};
 pub use settle::{Effort, Timing};
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use moesaic_device::{Arena, Ctx, Isa, Machine, Pool, available_memory};
 use moesaic_kernels::experts::Activation;
@@ -83,6 +84,19 @@ pub enum Probe {
     },
 }
 
+impl Probe {
+    /// Inputs that take turns: few tokens meet in few experts, which would stay in a cache if they were the same ones each time.
+    fn routings(&self) -> usize {
+        match *self {
+            Probe::Experts { tokens, top_k, experts, local, .. } => {
+                let touched = 1.0 - (1.0 - (top_k as f64 / experts as f64).min(1.0)).powf(tokens as f64);
+                ((1.0 / touched) as usize).clamp(1, local)
+            }
+            _ => 1,
+        }
+    }
+}
+
 /// Sequences of one length.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Batch {
@@ -97,6 +111,8 @@ pub struct Batch {
 /// Where probes run.
 pub struct Prober {
     pool: Arc<Pool>,
+    /// Of other ranks that do the same meanwhile.
+    others: Vec<Arc<Pool>>,
     isa: Isa,
     /// As much memory must lie between two uses of the same bytes.
     cold_bytes: u64,
@@ -106,20 +122,25 @@ pub struct Prober {
 
 /// Where the system does not tell its caches.
 const UNKNOWN_CACHE_BYTES: u64 = 64 << 20;
+/// As many times the largest cache: those that do not forget the oldest line first keep a part of twice their size.
+const CACHES: u64 = 8;
 /// Never more than this is spent on coldness: a virtual machine may see its host's cache, of which it has a part.
 const MAX_COLD_BYTES: u64 = 1 << 30;
 /// Share of the available memory that a probe may take.
 const MEMORY_SHARE: f64 = 0.8;
 
 impl Prober {
-    /// With so many threads, and memory up to a limit, or to most of what is available.
+    /// One of so many ranks that share a machine, with so many threads each, and memory of all together up to a limit, or to most
+    /// of what is available. While one rank is measured, the others do the same.
     ///
     /// # Errors
     /// [`EngineError`]: no threads, or an instruction set in the environment that this machine has not.
-    pub fn new(num_threads: usize, limit: Option<Bytes>) -> Result<Prober, EngineError> {
+    pub fn new(ranks: usize, num_threads: usize, limit: Option<Bytes>) -> Result<Prober, EngineError> {
         let largest = Machine::detect().caches.iter().map(|cache| cache.size.0).max().unwrap_or(UNKNOWN_CACHE_BYTES);
-        let cold_bytes = (2 * largest).min(MAX_COLD_BYTES);
-        Ok(Prober { pool: Arc::new(Pool::new(num_threads)?), isa: Isa::from_env()?, cold_bytes, limit })
+        let cold_bytes = (CACHES * largest).min(MAX_COLD_BYTES);
+        let pool = || Pool::new(num_threads).map(Arc::new);
+        let others = (1..ranks).map(|_| pool()).collect::<Result<_, _>>()?;
+        Ok(Prober { pool: pool()?, others, isa: Isa::from_env()?, cold_bytes, limit })
     }
 
     /// A context of the same threads, with an arena of its own.
@@ -127,7 +148,11 @@ impl Prober {
     /// # Errors
     /// [`EngineError`]: no memory.
     pub fn ctx(&self, activations: Bytes) -> Result<Ctx, EngineError> {
-        Ok(Ctx::cpu_with(Arena::host("activation", activations)?, self.pool.clone(), self.isa))
+        self.ctx_of(&self.pool, activations)
+    }
+
+    fn ctx_of(&self, pool: &Arc<Pool>, activations: Bytes) -> Result<Ctx, EngineError> {
+        Ok(Ctx::cpu_with(Arena::host("activation", activations)?, pool.clone(), self.isa))
     }
 
     /// Bytes that a probe may take now.
@@ -142,21 +167,62 @@ impl Prober {
     /// [`EngineError::TooLarge`]: it takes more memory than there is. Anything else is a mistake in the probe's sizes.
     pub fn measure(&self, probe: &Probe, effort: &Effort) -> Result<Timing, EngineError> {
         let Needs { activations, operand, scratch } = Needs::of(probe)?;
-        let available = self.available();
-        let fixed = activations + scratch;
+        let ranks = 1 + self.others.len() as u64;
+        let available = self.available() / ranks;
+        let routings = probe.routings();
+        let fixed = routings as u64 * activations + scratch;
         let needed = fixed + operand;
         if needed > available {
             return Err(EngineError::TooLarge { needed: Bytes(needed), available: Bytes(available) });
         }
         let fitting = (available - fixed) / operand;
-        let copies = self.cold_bytes.div_ceil(operand).clamp(1, fitting);
-        let ctx = self.ctx(Bytes(activations))?;
-        let inputs = Inputs::new(probe, &ctx)?;
-        let arena = Arena::host("operand", Bytes(copies * operand))?;
-        let operands = Operand::random(probe, &arena, &self.pool, copies as usize)?;
-        let mut turn = operands.iter().cycle();
-        let mut next = || turn.next().expect("at least one copy");
-        settle::median(effort, || settle::timed(|| inputs.run(probe, &ctx, next())))
+        // What all ranks read lies between two uses.
+        let copies = (self.cold_bytes / ranks).div_ceil(operand).clamp(1, fitting);
+        let rank = |pool: &Arc<Pool>| {
+            let turn = |routing: usize| {
+                let ctx = self.ctx_of(pool, Bytes(activations))?;
+                Ok((Inputs::new(probe, &ctx, routing)?, ctx))
+            };
+            let inputs = (0..routings).map(turn).collect::<Result<_, EngineError>>()?;
+            let arena = Arena::host("operand", Bytes(copies * operand))?;
+            let operands = Operand::random(probe, &arena, pool, copies as usize)?;
+            Ok(Rank { inputs, operands, calls: 0 })
+        };
+        let mut measured = rank(&self.pool)?;
+        let others = self.others.iter().map(rank).collect::<Result<Vec<_>, EngineError>>()?;
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let is_over = &is_over;
+            let work = |mut rank: Rank| {
+                move || {
+                    while !is_over.load(Ordering::Relaxed) {
+                        rank.call(probe)?;
+                    }
+                    Ok::<(), EngineError>(())
+                }
+            };
+            let others: Vec<_> = others.into_iter().map(|rank| scope.spawn(work(rank))).collect();
+            let timing = settle::median(effort, || settle::timed(|| measured.call(probe)));
+            is_over.store(true, Ordering::Relaxed);
+            others.into_iter().try_for_each(|other| other.join().expect("a rank does not panic"))?;
+            timing
+        })
+    }
+}
+
+/// One rank with all that it calls an op with.
+struct Rank {
+    inputs: Vec<(Inputs, Ctx)>,
+    operands: Vec<Operand>,
+    calls: usize,
+}
+
+impl Rank {
+    /// One call, with the inputs and the operand whose turn it is.
+    fn call(&mut self, probe: &Probe) -> Result<(), EngineError> {
+        self.calls += 1;
+        let (inputs, ctx) = &self.inputs[self.calls % self.inputs.len()];
+        inputs.run(probe, ctx, &self.operands[self.calls / self.inputs.len() % self.operands.len()])
     }
 }
 
@@ -172,7 +238,7 @@ struct Needs {
 impl Needs {
     fn of(probe: &Probe) -> Result<Needs, EngineError> {
         let ctx = Ctx::meta();
-        let inputs = Inputs::new(probe, &ctx)?;
+        let inputs = Inputs::new(probe, &ctx, 0)?;
         let arena = Arena::meta("operand");
         let operand = Operand::empty(probe, &arena)?;
         inputs.run(probe, &ctx, &operand)?;
@@ -190,7 +256,7 @@ mod tests {
     const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F8E4M3];
 
     fn prober(limit: Option<Bytes>) -> Prober {
-        Prober { cold_bytes: 1 << 20, ..Prober::new(2, limit).unwrap() }
+        Prober { cold_bytes: 1 << 20, ..Prober::new(1, 2, limit).unwrap() }
     }
 
     fn probes() -> Vec<Probe> {

@@ -189,8 +189,8 @@ impl Batch {
 }
 
 impl Inputs {
-    /// Inputs in the context's arena.
-    pub(super) fn new(probe: &Probe, ctx: &Ctx) -> Result<Inputs, EngineError> {
+    /// Inputs in the context's arena. Another `routing` of [`Probe::routings`] has the same rows for other experts.
+    pub(super) fn new(probe: &Probe, ctx: &Ctx, routing: usize) -> Result<Inputs, EngineError> {
         Ok(match *probe {
             Probe::Linear { rows, k, dtype, .. } => {
                 Inputs { x: random_tensor(ctx, &[rows, k], dtype.compute())?, rows: Rows::All }
@@ -204,6 +204,8 @@ impl Inputs {
                     // A rank without rows has nothing to measure.
                     chosen.push(vec![0]);
                 }
+                let shift = routing * local / probe.routings();
+                chosen.iter_mut().flatten().for_each(|expert| *expert = (*expert + shift as u32) % local as u32);
                 routed(ctx, &chosen, hidden, top_k, local, dtype.compute())?
             }
             Probe::Attention { batch, heads, kv_heads, head_dim, dtype } => {

@@ -50,7 +50,7 @@ fn prediction(predicted: &Predicted) -> Result<String> {
         requests,
         load: predicted.load.clone(),
         utilization: predicted.utilization(),
-        stack: predicted.pricing.backend.into(),
+        pricing: predicted.pricing.clone(),
         system: predicted.predictor().system,
     };
     match whatif::explain(&given) {

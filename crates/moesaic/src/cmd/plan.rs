@@ -70,9 +70,10 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     };
     let names = Names { model: &model_name, cluster: &cluster_name, workload: &args.workload };
     let setting = Setting { names, workload: &workload, top: usize::from(args.top) };
-    let mut predictor = args.pricing.predictor(&model, &cluster, args.pricing.load(&model)?);
+    let mut predictor = Predictor::new(&model, &cluster, args.pricing.open(&cluster)?, args.pricing.load(&model)?);
+    let assumptions = assumptions(args, &workload, predictor.system);
     let working = patiently(format!("searching plans of {model_name} on up to {most} GPUs …"));
-    let planning = Planning::new(&search, &mut predictor, &setting, assumptions(args, &workload))?;
+    let planning = Planning::new(&search, &mut predictor, &setting, assumptions)?;
     drop(working);
     match planning {
         Ok(planning) => write(args, &planning),
@@ -108,7 +109,7 @@ fn patiently(what: String) -> mpsc::Sender<()> {
     working
 }
 
-fn assumptions(args: &PlanArgs, workload: &Workload) -> Vec<String> {
+fn assumptions(args: &PlanArgs, workload: &Workload, system: System) -> Vec<String> {
     let Requests { input, output, prefix_hit, .. } = Requests::at(workload, 0.0, 1.0);
     let prefix = match prefix_hit {
         0.0 => "no prefix cached".to_owned(),
@@ -118,7 +119,7 @@ fn assumptions(args: &PlanArgs, workload: &Workload) -> Vec<String> {
         "uniform" => "All experts are equally popular; the fullest rank has what chance gives it.".to_owned(),
         routing => format!("Experts are loaded unevenly ({routing})."),
     };
-    let system = match System::of(args.pricing.backend.into()) {
+    let system = match system {
         System::Measured => format!(
             "{} serves: its kernels, and what it was measured to add to them.",
             args.pricing.backend.to_possible_value().expect("no value is hidden").get_name()
@@ -126,6 +127,13 @@ fn assumptions(args: &PlanArgs, workload: &Workload) -> Vec<String> {
         System::Unmeasured { .. } => {
             "Users see what iterations take; a program that serves adds its own time.".to_owned()
         }
+    };
+    let (prices, cache) = match &args.pricing.tables {
+        Some(dir) => (
+            format!("Ops and links are priced from the tables in {}, as this program runs them.", dir.display()),
+            "keys and values are in the type that the model computes in",
+        ),
+        None => ("Ops and links are priced from published measurements.".to_owned(), "keys and values are in 16 bits"),
     };
     vec![
         format!(
@@ -135,8 +143,9 @@ fn assumptions(args: &PlanArgs, workload: &Workload) -> Vec<String> {
         "Users ask the next question when the last one is answered.".to_owned(),
         format!("Prompts are read beside answers, {STEP_TOKENS} tokens of a group in one iteration at most."),
         load,
+        prices,
         system,
-        format!("{:.0} % of a GPU's memory may be used; keys and values are in 16 bits.", 100.0 * DEFAULT_UTILIZATION),
+        format!("{:.0} % of a GPU's memory may be used; {cache}.", 100.0 * DEFAULT_UTILIZATION),
         "Intervals hold 9 of 10 systems, if prices of parts err independently and systems add what parts do not show."
             .to_owned(),
     ]

@@ -8,8 +8,13 @@ use anyhow::{Context, Result};
 use moesaic_planner::validate::Validation;
 
 use crate::args::ValidateArgs;
+use crate::tables;
 
 pub(crate) fn run(args: &ValidateArgs) -> Result<()> {
+    if let Some(dir) = &args.tables {
+        write!(stdout(), "{}", tables::left_out(&tables::of_machine(dir)?))?;
+        return Ok(());
+    }
     let mut validation = match (&args.e2e, &args.ops) {
         (None, None) => Validation::cross_validated(),
         _ => Validation::default(),

@@ -100,13 +100,13 @@ impl Learned {
     }
 
     /// From rows: the scales under which each is the most likely, given those of other measurements; and what standard
-    /// deviations are to be for nine of ten to lie in their interval.
-    pub fn learn(cases: &[Case]) -> Learned {
+    /// deviations are to be for nine of ten to lie in their interval. Scales are looked for from those of `like`.
+    pub fn learn(cases: &[Case], like: &Learned) -> Learned {
         let reach = |target: Target| {
             let cases: Vec<&Case> = cases.iter().filter(|case| target.measured(case).is_some()).collect();
             let layers = Layers::fit(&cases, target);
             let groups = same_measurements(&cases);
-            let start: Vec<f64> = features::NAMES.iter().map(|_| START_SCALE).collect();
+            let start = like.of(target).scales();
             let points = layers.points(&cases, target);
             let kriging = Kriging::fit(points.clone(), &start, Some(&groups));
             let left = kriging.leave_group_out(&groups);
@@ -206,6 +206,13 @@ pub struct Reach {
     pub shared: f64,
 }
 
+impl Reach {
+    /// In the order of [`features::NAMES`].
+    fn scales(&self) -> Vec<f64> {
+        features::NAMES.iter().map(|&name| self.scales.get(name).copied().unwrap_or(START_SCALE)).collect()
+    }
+}
+
 /// What standard deviations are to be for nine of ten measurements to lie in their interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spreads {
@@ -298,8 +305,7 @@ impl Corrector {
     fn new(cases: &[Case], target: Target, reach: &Reach) -> Corrector {
         let cases: Vec<&Case> = cases.iter().filter(|case| target.measured(case).is_some()).collect();
         let layers = Layers::fit(&cases, target);
-        let scale = |name: &&str| *reach.scales.get(*name).unwrap_or(&START_SCALE);
-        let scales = features::NAMES.iter().map(scale).collect();
+        let scales = reach.scales();
         let points = layers.points(&cases, target);
         let mut measured = vec![(f64::INFINITY, f64::NEG_INFINITY); features::NAMES.len()];
         for point in &points {

@@ -8,6 +8,7 @@ use moesaic_spec::Gpu;
 use super::features::{Place, measured_as, unit_seconds};
 use super::learned::{Factors, Family, Learned, NEAR};
 use super::op::Op;
+use super::own::OwnOps;
 use super::published::{self, Device};
 use super::roofline;
 use super::table::{Row, Stack};
@@ -33,6 +34,8 @@ pub struct CostModel {
     /// Whether the device is the GPU, or only stands for it.
     measured: bool,
     factors: Arc<BTreeMap<Family, Factors>>,
+    /// What the machine itself measured; it comes before what others did.
+    own: Option<Arc<OwnOps>>,
 }
 
 impl CostModel {
@@ -46,14 +49,20 @@ impl CostModel {
         CostModel::of(gpu, stack, Arc::new(learned.factors(rows)))
     }
 
+    /// With what a machine measured of itself: it speaks for all ops that it has tables of, and published measurements for the
+    /// rest only if they are of this GPU.
+    pub fn measured(gpu: &Gpu, own: Arc<OwnOps>) -> CostModel {
+        CostModel { own: Some(own), ..CostModel::new(gpu, Stack::Moesaic) }
+    }
+
     pub(super) fn of(gpu: &Gpu, stack: Stack, factors: Arc<BTreeMap<Family, Factors>>) -> CostModel {
         let (device, measured) = published::device_of(gpu);
-        CostModel { gpu: gpu.clone(), stack, device, measured, factors }
+        CostModel { gpu: gpu.clone(), stack, device, measured, factors, own: None }
     }
 
     /// The same measurements for another GPU or stack.
     pub fn on(&self, gpu: &Gpu, stack: Stack) -> CostModel {
-        CostModel::of(gpu, stack, self.factors.clone())
+        CostModel { own: self.own.clone(), ..CostModel::of(gpu, stack, self.factors.clone()) }
     }
 
     /// Whose kernels are priced.
@@ -68,15 +77,26 @@ impl CostModel {
 
     /// What an op costs with a kernel that tables name; with the usual one for `None`.
     pub fn price_kernel(&self, op: &Op, kernel: Option<&str>) -> Price {
-        self.price_and_distance(op, kernel).0
+        match &self.own {
+            None => self.price_and_distance(op, kernel).0,
+            Some(own) => own.price(&self.gpu, op).unwrap_or_else(|| match self.measured {
+                true => self.price_and_distance(op, kernel).0,
+                false => self.by_roofline(op),
+            }),
+        }
+    }
+
+    /// By the data sheet alone.
+    fn by_roofline(&self, op: &Op) -> Price {
+        let seconds = roofline::seconds(&self.gpu, op).max(roofline::bound(&self.gpu, op));
+        Price { seconds, sd: UNMEASURED_SD, source: Source::Roofline }
     }
 
     /// The price, and the length scales to the nearest row; infinite where there is none.
     pub(super) fn price_and_distance(&self, op: &Op, kernel: Option<&str>) -> (Price, f64) {
         let known = measured_as(op).and_then(|(family, measured)| Some((self.factors.get(&family)?, measured)));
         let Some((factors, measured)) = known else {
-            let seconds = roofline::seconds(&self.gpu, op).max(roofline::bound(&self.gpu, op));
-            return (Price { seconds, sd: UNMEASURED_SD, source: Source::Roofline }, f64::INFINITY);
+            return (self.by_roofline(op), f64::INFINITY);
         };
         let usual = factors.usual_kernel(self.stack, measured.precision());
         let place = Place {

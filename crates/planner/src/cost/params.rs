@@ -5,16 +5,18 @@ use serde_json::{Map, Value};
 use super::op::{Op, Phase, Precision};
 use crate::PlannerError;
 
-/// Ops of tables, and the parameters that each may have. The ones after the bar tell nothing that the others do not.
+/// Ops of tables, and the parameters that each may have. Those of the second list may be absent.
 const PARAMETERS: &[(&str, &[&str], &[&str])] = &[
     ("gemm", &["dtype", "m", "n", "k"], &[]),
     ("moe", &["dtype", "tokens", "h", "inter", "topk", "E", "tp", "ep", "dist"], &["model"]),
+    ("moe_ungated", &["dtype", "tokens", "h", "inter", "topk", "E", "tp", "ep", "dist"], &["model"]),
     ("moe_wideep_context", &["dtype", "tokens", "h", "inter", "topk", "E", "ep", "dist"], &["model"]),
     ("moe_wideep_generation", &["dtype", "tokens", "h", "inter", "topk", "E", "ep", "dist"], &["model"]),
     ("moe_grouped_gemm_decode", &["batch_per_gpu", "h", "inter", "topk", "E", "ep"], &["local", "tokens_per_expert"]),
-    ("attn_prefill", &["batch", "seq", "q_heads", "kv_heads", "head_dim"], &[]),
+    ("attn_prefill", &["batch", "seq", "q_heads", "kv_heads", "head_dim"], &["kv"]),
     ("attn_decode", &["batch", "kv_len", "q_heads", "kv_heads", "head_dim", "kv"], &[]),
-    ("mla_decode", &["batch", "kv_len", "heads", "kv"], &[]),
+    ("mla_decode", &["batch", "kv_len", "heads", "kv"], &["latent", "rope"]),
+    ("mla_prefill", &["batch", "seq", "heads", "kv"], &["latent", "rope"]),
 ];
 
 /// Parameters that an op of tables may have; `None` for a name that is no compute op.
@@ -34,10 +36,12 @@ impl Op {
         let number = |name| number(params, name);
         let heads = |name| whole(params, name);
         let weights = || precision(params, "dtype");
+        // Tables without these columns are of DeepSeek's models.
+        let width = |name, usual| if params.contains_key(name) { heads(name) } else { Ok(usual) };
         let bf16 = Precision::Bf16;
         Ok(match op {
             "gemm" => Op::Gemm { m: number("m")?, n: number("n")?, k: number("k")?, weights: weights()? },
-            "moe" => Op::Experts {
+            "moe" | "moe_ungated" => Op::Experts {
                 tokens: number("tokens")?,
                 hidden: number("h")?,
                 intermediate: number("inter")?,
@@ -46,7 +50,7 @@ impl Op {
                 tp: number("tp")?,
                 ep: number("ep")?,
                 weights: weights()?,
-                matrices: 3,
+                matrices: if op == "moe" { 3 } else { 2 },
                 skew: skew(params)?,
             },
             "moe_wideep_context" | "moe_wideep_generation" => Op::ExpertsDeepEp {
@@ -92,9 +96,17 @@ impl Op {
                 seqs: number("batch")?,
                 context: number("kv_len")?,
                 heads: heads("heads")?,
-                // The latent of DeepSeek's models, which is what tables hold.
-                latent: 512,
-                rope: 64,
+                latent: width("latent", 512)?,
+                rope: width("rope", 64)?,
+                kv: precision(params, "kv")?,
+            },
+            "mla_prefill" => Op::MlaPrefill {
+                seqs: number("batch")?,
+                new_tokens: number("seq")?,
+                context: number("seq")?,
+                heads: heads("heads")?,
+                latent: width("latent", 512)?,
+                rope: width("rope", 64)?,
                 kv: precision(params, "kv")?,
             },
             _ => {

@@ -1,6 +1,6 @@
 //! Which types a model's weights and its cache are held in.
 
-use moesaic_spec::{ModelSpec, WeightFormat, WeightFormats};
+use moesaic_spec::{DType, ModelSpec, WeightFormat, WeightFormats};
 
 use super::parts::Part;
 use crate::cost::Precision;
@@ -23,10 +23,16 @@ impl Formats {
         Formats { dense: precision(dense), experts: precision(experts), kv: Precision::Bf16 }
     }
 
+    /// The same in our own engine: keys and values are in the type that it computes in.
+    pub fn of_engine(model: &ModelSpec) -> Formats {
+        let kv = if model.dtype.compute() == DType::F32 { Precision::F32 } else { Precision::Bf16 };
+        Formats { kv, ..Formats::of(model) }
+    }
+
     /// Type of a part's weights. Routers and heads are never quantised.
     pub(crate) fn of_part(self, part: Part) -> Precision {
         match part {
-            Part::Route | Part::Head => Precision::Bf16,
+            Part::Route | Part::Head if self.dense != Precision::F32 => Precision::Bf16,
             Part::Experts => self.experts,
             _ => self.dense,
         }

@@ -2,6 +2,7 @@
 
 use super::calibration::{COORDINATES, COUNTS, Calibration};
 use super::{Demand, Group, Library, Network, Price, Source, UNMEASURED_SD};
+use crate::profile::LinkKind;
 
 /// How an all-reduce goes. n ranks, S bytes on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -97,6 +98,11 @@ impl Network {
             return Price::NOTHING;
         }
         let whole = Collective { kind: CollectiveKind::AllReduce, library: self.library, bytes, group };
+        if group.nodes() == 1
+            && let Some(price) = self.own(LinkKind::AllReduce, group.ranks, bytes)
+        {
+            return Price { seconds: price.seconds.max(self.bound_of(&whole.demand())), ..price };
+        }
         let seconds = match algorithm {
             Algorithm::Best if group.nodes() == 1 => {
                 return self.fitted(whole.op(), &whole.demand(), &whole.coordinates(), self.version);
@@ -135,7 +141,7 @@ impl Network {
     pub(super) fn collective(&self, collective: &Collective) -> Price {
         let Collective { kind, library, bytes, group } = *collective;
         if kind == CollectiveKind::AllReduce {
-            return Network { library, ..*self }.all_reduce(bytes, group, Algorithm::Best);
+            return Network { library, ..self.clone() }.all_reduce(bytes, group, Algorithm::Best);
         }
         if group.ranks <= 1 || bytes == 0.0 {
             return Price::NOTHING;

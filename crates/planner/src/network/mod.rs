@@ -22,16 +22,22 @@ mod curve;
 mod exchange;
 mod fit;
 mod kriging;
+mod own;
 pub mod published;
+
+use std::sync::Arc;
 
 use moesaic_spec::{Cluster, Link, LinkClass};
 
 pub use crate::price::{Price, Source};
+use crate::profile::LinkKind;
 pub use calibration::{Calibration, Family, FittedCurve, HeldOut, MeasuredGpu, OPS, Version, held_out};
 pub use collective::{Algorithm, Collective, CollectiveKind};
 pub use comm_op::CommOp;
 pub use curve::{Curve, Demand};
 pub use exchange::{Copies, Exchange, Exchanged, M2n, Mode, expected_distinct};
+pub(crate) use own::usual_transport;
+pub use own::{LinkRow, OwnLinks};
 
 use calibration::Profile;
 use curve::Tier;
@@ -73,13 +79,15 @@ pub enum Library {
 }
 
 /// Prices on one cluster.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Network {
     profile: Profile,
     library: Library,
     version: Version,
     intra: Tier,
     inter: Tier,
+    /// What the machine itself measured, and over which link of the cluster that goes.
+    own: Option<(Arc<OwnLinks>, Link)>,
 }
 
 impl Network {
@@ -87,6 +95,11 @@ impl Network {
     pub fn new(cluster: &Cluster, library: Library) -> Self {
         let links = |class| cluster.link(class);
         Network::of(Profile::of(cluster), library, links(LinkClass::IntraNode), links(LinkClass::InterNode))
+    }
+
+    /// For the links of a cluster, with what a machine measured of itself: it speaks for sums and messages inside a node.
+    pub fn with_own(cluster: &Cluster, library: Library, own: Arc<OwnLinks>) -> Self {
+        Network { own: Some((own, cluster.intra_node.clone())), ..Network::new(cluster, library) }
     }
 
     /// The nodes that the tables of a GPU were measured on.
@@ -109,6 +122,7 @@ impl Network {
             version: Version::Newest,
             intra: Tier::new(intra, &measured.intra),
             inter: Tier::new(inter, &measured.inter),
+            own: None,
         }
     }
 
@@ -117,13 +131,13 @@ impl Network {
     #[must_use]
     pub fn shared(&self, intra: f64, inter: f64) -> Self {
         assert!(intra >= 1.0 && inter >= 1.0, "flows of a link: {intra} inside nodes, {inter} between them");
-        Network { intra: self.intra.shared(intra), inter: self.inter.shared(inter), ..*self }
+        Network { intra: self.intra.shared(intra), inter: self.inter.shared(inter), ..self.clone() }
     }
 
     /// The same cluster with another version of the software that exchanges rows.
     #[must_use]
     pub fn with_version(&self, version: Version) -> Self {
-        Network { version, ..*self }
+        Network { version, ..self.clone() }
     }
 
     /// Any operation.
@@ -142,6 +156,11 @@ impl Network {
 
     /// One message between two GPUs.
     pub fn point_to_point(&self, bytes: f64, class: LinkClass) -> Price {
+        if class == LinkClass::IntraNode
+            && let Some(price) = self.own(LinkKind::SendReceive, 2, bytes)
+        {
+            return Price { seconds: price.seconds.max(bytes / self.intra.bandwidth(1.0)), ..price };
+        }
         // A pair is an all-to-all of two ranks where half of what each has stays at home.
         let group = match class {
             LinkClass::IntraNode => Group::one_node(2),
@@ -160,6 +179,11 @@ impl Network {
                 Mode::Normal => exchange.sms,
             },
         }
+    }
+
+    fn own(&self, kind: LinkKind, ranks: usize, bytes: f64) -> Option<Price> {
+        let (own, link) = self.own.as_ref()?;
+        own.price(kind, ranks as u64, bytes, link)
     }
 
     fn bound_of(&self, demand: &Demand) -> f64 {

@@ -181,7 +181,7 @@ impl<'a> Lab<'a> {
         let load = moe.map(even).transpose()?.map(Arc::new);
         let network = Network::new(cluster, Library::Nccl);
         let costs = CostModel::new(&cluster.gpu, Stack::default());
-        Ok(Lab { iterations: Iterations::new(model, cluster, formats(model), costs, network, load), network })
+        Ok(Lab { iterations: Iterations::new(model, cluster, formats(model), costs, network.clone(), load), network })
     }
 
     /// Prices of iterations.

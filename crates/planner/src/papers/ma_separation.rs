@@ -109,7 +109,7 @@ fn ratio_readings(lab: &mut Lab, figure: Figure, spreadings: [Spreading; 2]) -> 
 /// One training step of 1,024 sequences, 8 of them in each micro-batch of a group.
 pub(super) fn train(lab: &mut Lab, layout: &Layout, checkpointing: bool) -> Result<TrainingStep, PlannerError> {
     let micro_batches = (SEQS / layout.dp as f64 / 8.0).max(1.0) as usize;
-    let network = *lab.network();
+    let network = lab.network().clone();
     let training = Training::adamw(SEQS, CONTEXT, micro_batches, checkpointing);
     training::step(lab.iterations(), &network, layout, &training)
 }

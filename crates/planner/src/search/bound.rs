@@ -104,7 +104,7 @@ impl<'a> Bound<'a> {
             experts: model.layers.iter().find_map(|ffn| ffn.as_moe()).filter(|_| moe > 0),
             formats,
             gpu,
-            network: *iterations.network(),
+            network: iterations.network().clone(),
             hidden: model.hidden_size,
             group: Group::packed(layout.tp, layout.gpus_per_node),
             gpus_per_node: layout.gpus_per_node,

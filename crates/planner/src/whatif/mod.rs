@@ -11,11 +11,10 @@ use serde::{Deserialize, Serialize};
 pub use change::Change;
 
 use crate::PlannerError;
-use crate::cost::Stack;
 use crate::iteration::dag::Slot;
 use crate::iteration::{Iteration, Layout};
 use crate::load::ExpertLoad;
-use crate::predict::{Prediction, Predictor};
+use crate::predict::{Prediction, Predictor, Pricing};
 use crate::serving::{Requests, Serving};
 use crate::system::{Seen, System};
 
@@ -34,15 +33,15 @@ pub struct Given<'a> {
     pub load: Option<Arc<ExpertLoad>>,
     /// Share of a GPU's memory that may be used.
     pub utilization: f64,
-    /// Whose kernels.
-    pub stack: Stack,
+    /// By whose measurements ops and links are priced.
+    pub pricing: Pricing,
     /// Who serves.
     pub system: System,
 }
 
 impl Given<'_> {
     fn predict(&self) -> Result<(Serving, Prediction), PlannerError> {
-        let predictor = Predictor::new(self.model, &self.cluster, self.stack, self.load.clone());
+        let predictor = Predictor::new(self.model, &self.cluster, self.pricing.clone(), self.load.clone());
         let mut predictor = Predictor { utilization: self.utilization, system: self.system, ..predictor };
         predictor.predict_serving(&self.layout, &self.requests)
     }

@@ -1,5 +1,6 @@
 //! `moesaic profile`: what this machine's ops and links take, in tables that the planner prices from.
 
+mod cluster;
 mod measure;
 mod table;
 
@@ -20,7 +21,7 @@ use moesaic_spec::{Bytes, ModelSpec};
 
 use crate::args::{ProfileArgs, ProfileDTypeArg};
 use crate::folder::named_spec;
-use crate::progress;
+use crate::{progress, tables};
 use measure::{Item, dtype};
 use table::{Origin, Table};
 
@@ -48,6 +49,7 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
             tables.insert(op, Table::open(&dir, op, &parameters, &origin)?);
         }
     }
+    let types = types_of(&items);
     let asked = items.len();
     items.retain(|item| !tables[item.wanted.columns().0].has(&item.row(&isa)));
     if args.list {
@@ -56,18 +58,47 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
         return Ok(());
     }
     fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
-    let prober = Prober::new(num_threads, args.memory_limit)?;
     if !args.quiet {
         eprintln!("{asked} to measure, {} of them are in {}", asked - items.len(), dir.display());
     }
-    let ceilings = Ceiling::measure_all(&prober, &items)?;
+    if items.is_empty() && dir.join(tables::CLUSTER).exists() {
+        write!(stdout(), "{}", tables::left_out(&tables::of_machine(&dir)?))?;
+        return Ok(());
+    }
+    let ranks = Ranks { count: (machine.num_cores / num_threads).max(1), threads: num_threads };
+    let prober = Prober::new(ranks.count, ranks.threads, args.memory_limit)?;
+    let ceilings = Ceiling::measure_all(&prober, &types)?;
     let mut shares = Shares::default();
     let left = measure_all(args, &items, &isa, &prober, &mut tables, |item, seconds| shares.add(item, seconds))?;
-    shares.print(&Ceiling::best(ceilings, Ceiling::measure_all(&prober, &items)?), &tables)?;
+    let ceilings = Ceiling::best(ceilings, Ceiling::measure_all(&prober, &types)?);
+    shares.print(&ceilings, &tables)?;
+    if tables.values().any(|table| table.len() > 0) {
+        cluster::write(&dir, &machine, ranks, &prober, &ceilings, &origin)?;
+        write!(stdout(), "\n{}", tables::left_out(&tables::of_machine(&dir)?))?;
+    }
     if left > 0 && !args.quiet {
         eprintln!("{left} are left; the same command goes on");
     }
     Ok(())
+}
+
+/// Ranks that share the machine, and the threads of each.
+#[derive(Clone, Copy)]
+struct Ranks {
+    count: usize,
+    threads: usize,
+}
+
+/// Types of the ops, the first first; BF16 where only links are measured.
+fn types_of(items: &[Item]) -> Vec<Precision> {
+    let mut types: Vec<Precision> = Vec::new();
+    for item in items {
+        match item.wanted {
+            Wanted::Compute(op) if !types.contains(&op_type(&op)) => types.push(op_type(&op)),
+            _ => {}
+        }
+    }
+    if types.is_empty() { vec![Precision::Bf16] } else { types }
 }
 
 /// Measures what is not there yet; the number of rows that time did not suffice for.
@@ -207,21 +238,14 @@ struct Ceiling {
 }
 
 impl Ceiling {
-    /// Measured for all types of the ops.
-    fn measure_all(prober: &Prober, items: &[Item]) -> Result<Vec<Ceiling>> {
-        let mut types: Vec<Precision> = Vec::new();
-        for item in items {
-            match item.wanted {
-                Wanted::Compute(op) if !types.contains(&op_type(&op)) => types.push(op_type(&op)),
-                _ => {}
-            }
-        }
+    /// Measured for some types.
+    fn measure_all(prober: &Prober, types: &[Precision]) -> Result<Vec<Ceiling>> {
         let ctx = prober.ctx(Bytes(1 << 20))?;
-        let ceiling = |precision| {
+        let ceiling = |&precision: &Precision| {
             let ceilings = Ceilings::measure(&ctx, dtype(precision)?)?;
             Ok(Ceiling { precision, ceilings })
         };
-        types.into_iter().map(ceiling).collect()
+        types.iter().map(ceiling).collect()
     }
 
     /// The better of two measurements of the same types, before and after: what else runs on this machine lowers them.

@@ -19,6 +19,14 @@ pub(super) struct Origin {
     pub date: String,
 }
 
+impl Origin {
+    /// As lines that are notes in tables and cluster files.
+    pub(super) fn head(&self) -> String {
+        let Origin { command, commit, machine, date } = self;
+        format!("# command: {command}\n# commit: {commit}\n# machine: {machine}\n# date: {date}\n")
+    }
+}
+
 /// Column `framework`.
 const FRAMEWORK: &str = "moesaic";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -40,10 +48,9 @@ impl Table {
     pub(super) fn open(dir: &Path, op: &str, parameters: &[&str], origin: &Origin) -> Result<Table> {
         let path = dir.join(format!("{op}.csv"));
         let columns = [parameters, &["kernel", "framework", "version", "latency_us"]].concat();
-        let Origin { command, commit, machine, date } = origin;
         let head = format!(
-            "# command: {command}\n# commit: {commit}\n# machine: {machine}\n# date: {date}\n# what: medians of repeated calls with \
-             random data, weights and caches from memory\n{}\n",
+            "{}# what: medians of repeated calls with random data, weights and caches from memory\n{}\n",
+            origin.head(),
             columns.join(",")
         );
         let mut table = Table { path, head, measured: HashSet::new(), file: None };
