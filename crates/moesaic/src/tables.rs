@@ -28,6 +28,13 @@ pub(crate) fn open(dir: &Path, cluster: &Cluster) -> Result<OwnTables> {
         true => machine(dir)?,
         false => cluster.clone(),
     };
+    ensure!(
+        machine.gpu.name == cluster.gpu.name,
+        "--tables is {0}, which measured {1}, but the cluster is of {2}; --cluster {0}/{CLUSTER}, or one of {1}, is right",
+        dir.display(),
+        machine.gpu.name,
+        cluster.gpu.name
+    );
     Ok(OwnTables::read(&machine, &files)?)
 }
 

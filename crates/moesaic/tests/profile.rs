@@ -99,6 +99,8 @@ fn a_machine_is_measured_and_then_planned_for() {
     let share = |name: &str| sources[name].as_f64().unwrap();
     assert!(share("table") > 0.1 && share("roofline") < 0.5, "{sources}");
 
+    let other = [&["plan", &model, "--cluster", "dgx-h100"], &by[..]].concat();
+    moesaic(&other).refused(&["--tables is", "which measured", "H100", "cluster.yaml"]);
     // The same tables under the simulation and under what would help; other prices without them.
     let best = out.join("plans/best.yaml");
     let simulate = |more: &[&str]| moesaic(&[&["simulate", arg(&best), "--json", "-"], more].concat()).json();

@@ -286,8 +286,9 @@ impl Prediction {
             mfu: flops / peak,
             mbu: bytes / cluster.gpu.memory_bandwidth,
             memory: Memory {
+                // In the mean: requests that have just begun, and others that are nearly done.
                 kv_cache: footprint.kv_bytes_per_token
-                    * (requests.input + requests.output)
+                    * requests.context()
                     * (serving.running / layout.dp as f64).ceil(),
                 ..footprint.attention_rank
             },

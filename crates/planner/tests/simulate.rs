@@ -113,8 +113,11 @@ fn the_closed_form_is_the_mean_of_the_simulation() {
                 let tpot = closed.tpot_s.value / steady.tpot_s - 1.0;
                 let throughput = closed.tokens_per_s.value / steady.tokens_per_s - 1.0;
                 println!("{name}, {users} users, equal {equal}: TPOT {tpot:+.3}, throughput {throughput:+.3}");
-                assert!(tpot.abs() < 0.08, "{name}, {users} users, equal {equal}: TPOT {tpot:+.3}");
-                assert!(throughput.abs() < 0.08, "{name}, {users} users, equal {equal}: throughput {throughput:+.3}");
+                // Equal lengths fall into a rhythm of groups that read together, more or less, which the closed form takes for
+                // perfect.
+                let within = if equal { 0.12 } else { 0.04 };
+                assert!(tpot.abs() < within, "{name}, {users} users, equal {equal}: TPOT {tpot:+.3}");
+                assert!(throughput.abs() < within, "{name}, {users} users, equal {equal}: throughput {throughput:+.3}");
             }
         }
     }

@@ -129,6 +129,7 @@ fn the_best_plan_keeps_goals_as_users_see_them() {
         let prediction = predictor.predict(&best.layout, &asked).unwrap();
         assert_eq!((prediction.tpot_s.value, prediction.ttft_s.value), (best.tpot, best.ttft));
         assert!((prediction.tokens_per_s.value * copies / best.throughput - 1.0).abs() < 1e-9);
+        assert!(prediction.memory.total() <= prediction.gpu_memory, "{:?}", prediction.memory);
     }
 }
 

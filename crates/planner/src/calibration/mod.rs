@@ -340,7 +340,15 @@ impl Corrector {
         let sd = trust * left.sd + (1.0 - trust) * self.left_over;
         // What is known only vaguely counts less: the layers leave little that is not small.
         let vague = left.sd * left.sd / (SPREAD * self.left_over * self.left_over);
-        (self.layers.ln_seconds(case, target) + trust * left.mean / (1.0 + vague), sd)
+        let known = trust / (1.0 + vague);
+        let ln_seconds = self.layers.ln_seconds(case, target) + known * left.mean;
+        // Where nothing like it was measured, no program is taken for faster than its kernels; with pools, physics knows less of
+        // who waits for whom.
+        let faster = match (target, program(case).1) {
+            (Target::Tpot, Way::Aggregated) => (ln_seconds - case.physics.tpot.ln()).min(0.0),
+            _ => 0.0,
+        };
+        (ln_seconds - (1.0 - known) * faster, sd)
     }
 }
 

@@ -29,7 +29,7 @@ impl fmt::Display for Explained {
             seconds(self.mixed_s),
             percent(self.mixed_share)
         )?;
-        if (self.pace - 1.0).abs() > 5e-4 {
+        if (self.pace - 1.0).abs() > 5e-3 {
             let pace = number(self.pace);
             writeln!(f, "  a step takes {pace} times as long as its iteration, as measurements of the program show")?;
         }
