@@ -2,16 +2,16 @@
 //!
 //! Large deployments, which nothing is fitted to, come last: physics alone, and calibrated.
 //!
-//! `cargo run --release -p moesaic-planner --example fit_served -- [--fit]`: with `--fit` writes
-//! `bench/results/published/fit-served.json`.
+//! `cargo run --release -p moesaic-planner --example fit_served -- [--fit]`: with `--fit` writes `served-physics.json` and
+//! `fit-served.json` in `bench/results/published`, as is due when prices have changed.
 
 use std::path::Path;
 
 use moesaic_fit::random;
+use moesaic_planner::calibration::case::{Case, cases};
+use moesaic_planner::calibration::served::ServedFile;
 use moesaic_planner::calibration::{self, Calibration, Learned, Target};
-use moesaic_planner::predict::Estimate;
-use moesaic_planner::validate::physics::{Case, cases};
-use moesaic_planner::validate::served::ServedFile;
+use moesaic_planner::estimate::Estimate;
 
 fn main() {
     let cases = calibration::published();
@@ -30,10 +30,16 @@ fn main() {
     }
     large();
     if fits {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bench/results/published/fit-served.json");
-        let text = serde_json::to_string_pretty(&learned).expect("numbers") + "\n";
-        std::fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let asked: Vec<String> =
+            cases.iter().map(|case| serde_json::to_string(&case.asked()).expect("numbers")).collect();
+        write("served-physics.json", &format!("[\n{}\n]\n", asked.join(",\n")));
+        write("fit-served.json", &(serde_json::to_string_pretty(&learned).expect("numbers") + "\n"));
     }
+}
+
+fn write(name: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bench/results/published").join(name);
+    std::fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 }
 
 fn report(name: &str, cases: &[Case], folds: &[usize], learned: &Learned) {

@@ -34,8 +34,10 @@
 pub mod calibration;
 pub mod clock;
 pub mod cost;
+pub mod csv;
 pub mod energy;
 pub mod error;
+pub mod estimate;
 pub mod iteration;
 pub mod load;
 pub mod machine;

@@ -4,8 +4,8 @@ use moesaic_spec::{Bytes, Cluster, Energy, Gpu, Link, PeakFlops};
 
 use crate::PlannerError;
 use crate::cost::{Precision, Row};
+use crate::network::LinkKind;
 use crate::network::{LinkRow, usual_transport};
-use crate::profile::LinkKind;
 use crate::tables::{TableFile, rows};
 
 /// What is known of a machine beside its tables.

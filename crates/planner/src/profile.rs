@@ -12,6 +12,7 @@ use crate::PlannerError;
 use crate::cost::{Op, Precision};
 use crate::iteration::Layout;
 use crate::iteration::parts::{Part, PartOp, Parts};
+use crate::network::LinkKind;
 
 /// At which sizes.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,25 +45,6 @@ pub struct Link {
     pub ranks: u64,
     /// Bytes of the message; of the buffer of one rank.
     pub bytes: u64,
-}
-
-/// What ranks do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum LinkKind {
-    /// One sends, another receives.
-    SendReceive,
-    /// All get the sum of what each has, 16-bit numbers.
-    AllReduce,
-}
-
-impl LinkKind {
-    /// The name of its table.
-    pub fn table(self) -> &'static str {
-        match self {
-            LinkKind::SendReceive => "send_receive",
-            LinkKind::AllReduce => "all_reduce",
-        }
-    }
 }
 
 /// The smallest context that is measured: below it, attention costs what its call costs.

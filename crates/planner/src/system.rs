@@ -1,12 +1,12 @@
 //! From iterations to what users see: nothing more, or what a serving program that was measured makes of them.
 
 use crate::PlannerError;
+use crate::calibration::case::Case;
 use crate::calibration::{Calibration, Target};
 use crate::cost::Stack;
+use crate::estimate::Estimate;
 use crate::iteration::{Iteration, Iterations, Layout};
-use crate::predict::Estimate;
 use crate::serving::{Requests, Serving};
-use crate::validate::physics::Case;
 
 /// Who serves.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -7,8 +7,9 @@ use moesaic_spec::{Cluster, Gpu};
 
 use crate::PlannerError;
 use crate::cost::{self, CostModel, LeftOut, OwnOps, Row};
+use crate::network::LinkKind;
 use crate::network::{Library, LinkRow, Network, OwnLinks};
-use crate::profile::{LinkKind, TABLES};
+use crate::profile::TABLES;
 
 /// A folder of tables, read and fitted. Cheap to clone.
 #[derive(Clone, Debug)]

@@ -2,8 +2,9 @@
 
 use moesaic_planner::cost::{Op, Precision, Source, roofline};
 use moesaic_planner::machine::Machine;
+use moesaic_planner::network::LinkKind;
 use moesaic_planner::network::{Algorithm, Group, LinkRow};
-use moesaic_planner::profile::{LinkKind, TABLES};
+use moesaic_planner::profile::TABLES;
 use moesaic_planner::tables::{OwnTables, TableFile};
 use moesaic_spec::{Bytes, Cluster, LinkClass};
 

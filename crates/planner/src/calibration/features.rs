@@ -1,8 +1,8 @@
 //! Where a deployment is, for kriging: sizes as logarithms, kinds as 0 or 1.
 
+use crate::calibration::case::Case;
+use crate::calibration::served::Deployment;
 use crate::cost::{Precision, Stack};
-use crate::validate::physics::Case;
-use crate::validate::served::Deployment;
 
 /// Names of the coordinates.
 pub const NAMES: [&str; 23] = [

@@ -10,8 +10,10 @@
 //!
 //! A model or program that was never measured falls back to the layers before, with a wider interval.
 
+pub mod case;
 pub mod efficiency;
 pub mod features;
+pub mod served;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
@@ -21,13 +23,15 @@ use moesaic_spec::ModelSpec;
 use serde::{Deserialize, Serialize};
 
 use crate::cost::Stack;
-use crate::predict::{Estimate, NINETY};
-use crate::validate::physics::{Case, cases};
-use crate::validate::served::{Deployment, ServedFile};
+use crate::estimate::{Estimate, NINETY};
+use case::{Asked, Case, cases};
 use efficiency::{Efficiency, Terms};
+use served::{Deployment, Served, ServedFile};
 
 /// Published measurements of served models.
 const PUBLISHED: &str = include_str!("../../../../bench/results/published/served.csv");
+/// What physics says of them, in their order.
+const ASKED: &str = include_str!("../../../../bench/results/published/served-physics.json");
 /// What was learned from them.
 const LEARNED: &str = include_str!("../../../../bench/results/published/fit-served.json");
 
@@ -244,12 +248,27 @@ pub struct Calibration {
     tpot: Corrector,
 }
 
-static CALIBRATION: LazyLock<Calibration> = LazyLock::new(|| Calibration::new(&published(), &learned()));
+static CALIBRATION: LazyLock<Calibration> = LazyLock::new(|| Calibration::new(&known(), &learned()));
 
-/// The published measurements that can be predicted; all can.
+/// The published measurements, with what physics said of them when prices changed last.
+pub fn known() -> Vec<Case> {
+    let asked: Vec<Asked> = serde_json::from_str(ASKED).expect("our own file");
+    let rows = published_rows();
+    assert_eq!(
+        rows.len(),
+        asked.len(),
+        "served-physics.json is of other rows than served.csv; fit_served --fit writes it"
+    );
+    rows.into_iter().zip(&asked).map(|(row, asked)| Case::again(row, asked).expect("our own file")).collect()
+}
+
+/// The published measurements, with what physics says of them now.
 pub fn published() -> Vec<Case> {
-    let file = ServedFile::parse(PUBLISHED, "bench/results/published/served.csv").expect("our own file");
-    cases(&file.rows).into_iter().map(|case| case.expect("our own file")).collect()
+    cases(&published_rows()).into_iter().map(|case| case.expect("our own file")).collect()
+}
+
+fn published_rows() -> Vec<Served> {
+    ServedFile::parse(PUBLISHED, "bench/results/published/served.csv").expect("our own file").rows
 }
 
 /// What was learned from the published measurements.
@@ -453,4 +472,24 @@ pub fn same_measurements(cases: &[&Case]) -> Vec<usize> {
         })
     };
     cases.iter().map(group).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Otherwise what was learned is of other prices: run `fit_served -- --fit` after a change.
+    #[test]
+    fn physics_says_what_it_said_when_this_was_learned() {
+        for (now, then) in published().iter().zip(&known()) {
+            assert_eq!((now.stack, now.params, now.formats), (then.stack, then.params, then.formats));
+            let times = |case: &Case| {
+                let physics = &case.physics;
+                [physics.ttft, physics.tpot, physics.decode, physics.prefill, physics.burst, physics.fitting]
+            };
+            for (now_s, then_s) in times(now).into_iter().zip(times(then)) {
+                assert!((now_s / then_s - 1.0).abs() < 1e-3, "line {}: {now_s} now, {then_s} then", now.row.line);
+            }
+        }
+    }
 }

@@ -1,12 +1,13 @@
 //! Which types a model's weights and its cache are held in.
 
 use moesaic_spec::{DType, ModelSpec, WeightFormat, WeightFormats};
+use serde::{Deserialize, Serialize};
 
 use super::parts::Part;
 use crate::cost::Precision;
 
 /// Types that weights and cache are held in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Formats {
     /// Weights of attention, dense MLPs and shared experts.
     pub dense: Precision,

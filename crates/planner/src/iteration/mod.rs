@@ -65,6 +65,7 @@ pub struct Iterations<'a> {
     hidden: [Curve; 2],
     dags: Interned<Structure, Dag>,
     times: Vec<(f64, f64)>,
+    params: Option<(f64, f64)>,
 }
 
 /// Tokens of a rank up to which the kernels for few tokens are used.
@@ -96,6 +97,7 @@ impl<'a> Iterations<'a> {
             hidden: Default::default(),
             dags: Interned::default(),
             times: Vec::new(),
+            params: None,
         }
     }
 
@@ -155,6 +157,14 @@ impl<'a> Iterations<'a> {
     /// The model.
     pub fn model(&self) -> &'a ModelSpec {
         self.model
+    }
+
+    /// Parameters of the model: those that one token meets, and all.
+    pub fn params(&mut self) -> (f64, f64) {
+        *self.params.get_or_insert_with(|| {
+            let counts = self.model.counts();
+            (counts.params_active as f64, counts.params_total as f64)
+        })
     }
 
     /// The cluster.

@@ -1,8 +1,8 @@
 //! All-reduce and its relatives.
 
+use super::LinkKind;
 use super::calibration::{COORDINATES, COUNTS, Calibration};
 use super::{Demand, Group, Library, Network, Price, Source, UNMEASURED_SD};
-use crate::profile::LinkKind;
 
 /// How an all-reduce goes. n ranks, S bytes on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -30,14 +30,13 @@ use std::sync::Arc;
 use moesaic_spec::{Cluster, Link, LinkClass};
 
 pub use crate::price::{Price, Source};
-use crate::profile::LinkKind;
 pub use calibration::{Calibration, Family, FittedCurve, HeldOut, MeasuredGpu, OPS, Version, held_out};
 pub use collective::{Algorithm, Collective, CollectiveKind};
 pub use comm_op::CommOp;
 pub use curve::{Curve, Demand};
 pub use exchange::{Copies, Exchange, Exchanged, M2n, Mode, expected_distinct};
 pub(crate) use own::usual_transport;
-pub use own::{LinkRow, OwnLinks};
+pub use own::{LinkKind, LinkRow, OwnLinks};
 
 use calibration::Profile;
 use curve::Tier;

@@ -6,9 +6,8 @@ use moesaic_spec::Link;
 
 use crate::PlannerError;
 use crate::cost::LeftOut;
+use crate::csv::Table;
 use crate::price::{Price, Source};
-use crate::profile::LinkKind;
-use crate::validate::csv::Table;
 
 /// How much less sure a price is for each e-fold beyond the rows: a judgement.
 const BEYOND_SD: f64 = 0.1;
@@ -16,6 +15,25 @@ const BEYOND_SD: f64 = 0.1;
 const FEW_ROWS_SD: f64 = 0.2;
 /// Standard deviations on either side that hold 90 % of a normal distribution.
 const Z90: f64 = 1.645;
+
+/// What ranks do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LinkKind {
+    /// One sends, another receives.
+    SendReceive,
+    /// All get the sum of what each has, 16-bit numbers.
+    AllReduce,
+}
+
+impl LinkKind {
+    /// The name of its table.
+    pub fn table(self) -> &'static str {
+        match self {
+            LinkKind::SendReceive => "send_receive",
+            LinkKind::AllReduce => "all_reduce",
+        }
+    }
+}
 
 /// A row of a table of messages or sums.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,7 +57,7 @@ impl LinkRow {
     /// [`PlannerError::Table`] with line and column of what is missing or cannot be, times that the link cannot reach among them.
     pub fn parse(text: &str, path: &str, kind: LinkKind, link: &Link) -> Result<Vec<LinkRow>, PlannerError> {
         let table = Table::parse(text, path, &["gpus", "bytes", "kernel", "latency_us"])?;
-        let row = |record: crate::validate::csv::Record| {
+        let row = |record: crate::csv::Record| {
             let needed =
                 |column| record.count(column)?.ok_or_else(|| record.fault(column, "is 0; a count is right".into()));
             let ranks = needed("gpus")? as u64;

@@ -11,8 +11,8 @@ use super::lab::{Answer, Bound, Case, Figure, Lab};
 use super::plot::{Bars, Plot};
 use super::regime::{Point, Regime, Search, Spreading};
 use crate::PlannerError;
+use crate::estimate::Estimate;
 use crate::iteration::Layout;
-use crate::predict::Estimate;
 use crate::training::{self, Training, TrainingMemory, TrainingStep};
 
 /// GPUs of both papers.

@@ -11,7 +11,7 @@ use super::lab::{Answer, Bound, Case, Figure, Lab, Phase};
 use super::paper_002::{EPS, efficiencies, reading_prompts};
 use super::regime::{Point, Regime, Search};
 use crate::PlannerError;
-use crate::predict::Estimate;
+use crate::estimate::Estimate;
 
 const STAGES: usize = 58;
 const ALL: usize = STAGES * 256;

@@ -8,8 +8,8 @@ use super::deployments::{cluster, hybrid_h100, large_ep, model};
 use super::lab::{Answer, Case, Figure, Lab, Phase};
 use super::regime::{Point, Regime, Search, Spreading};
 use crate::PlannerError;
+use crate::estimate::Estimate;
 use crate::iteration::Layout;
-use crate::predict::Estimate;
 use moesaic_spec::{Cluster, ModelSpec};
 
 const GPUS: usize = 16;

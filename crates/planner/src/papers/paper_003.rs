@@ -10,8 +10,8 @@ use super::ma_separation::{self as shared, COLUMNS, CONTEXT, GPUS, MA_BY_LENGTH,
 use super::regime::Regime;
 use crate::PlannerError;
 use crate::cost::touched;
+use crate::estimate::Estimate;
 use crate::load::{ExpertLoad, LoadModel};
-use crate::predict::Estimate;
 
 pub(super) fn paper() -> Result<Paper, PlannerError> {
     let setting = Setting::new();

@@ -120,7 +120,7 @@ impl Search<'_> {
                         continue;
                     }
                     let ratio = lab.ratio(self.figure, [&proposed, &baseline], "")?.estimate.value;
-                    crate::predict::Estimate { value: ratio, low: ratio, high: ratio }
+                    crate::estimate::Estimate { value: ratio, low: ratio, high: ratio }
                 }
             };
             if reached(estimate.low, estimate.high) {

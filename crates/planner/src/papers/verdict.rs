@@ -190,9 +190,9 @@ fn off(factor: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::estimate::Estimate;
     use crate::papers::claim::unit::{MS, PER_S, PERCENT};
     use crate::papers::lab::Bound;
-    use crate::predict::Estimate;
 
     fn answer(assuming: &str, [low, value, high]: [f64; 3], limit: Option<f64>) -> Answer {
         let bound = limit.map(|value| Bound { value, arithmetic: "a / b".into(), limits: true });

@@ -9,7 +9,8 @@ use super::format::{self, escape, integer, number, percent};
 use super::plots::{self, Line};
 use super::tables::{Row, Table, collective_name};
 use super::{ClusterFacts, ModelFacts, html, text};
-use crate::predict::{Estimate, Prediction};
+use crate::estimate::Estimate;
+use crate::predict::Prediction;
 use crate::simulate::{Distribution, Goals, Moment, Simulated, Trials};
 
 /// What the report says about its times.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::predict::{Estimate, NINETY};
+use crate::estimate::{Estimate, NINETY};
 
 /// The cost of trusting the prediction.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Simulated, Simulation, pace, room, run};
 use crate::PlannerError;
-use crate::predict::{Estimate, Predictor};
+use crate::estimate::Estimate;
+use crate::predict::Predictor;
 
 /// What varies between trials, and how far prices may be off.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

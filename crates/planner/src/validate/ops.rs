@@ -3,13 +3,13 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::csv::{Record, Table};
-use super::physics::Skipped;
 use super::score::Pair;
 use crate::PlannerError;
+use crate::calibration::case::Skipped;
 use crate::cost::{CostModel, Op, Stack, published, roofline};
+use crate::csv::{Record, Table};
+use crate::estimate::Estimate;
 use crate::network::{CommOp, Library, MeasuredGpu, Network};
-use crate::predict::Estimate;
 use crate::price::Price;
 
 /// Columns that a file must have.

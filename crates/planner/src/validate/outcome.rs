@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use moesaic_fit::random;
 use serde::Serialize;
 
-use super::physics::{Case, Skipped, cases};
 use super::score::Pair;
-use super::served::{Deployment, Served};
+use crate::calibration::case::{Case, Skipped, cases};
+use crate::calibration::served::{Deployment, Served};
 use crate::calibration::{self, Calibration, Target};
 
 /// One row, and what was predicted of it.
@@ -57,7 +57,7 @@ pub fn predict(rows: &[Served]) -> (Vec<Outcome>, Vec<Skipped>) {
 
 /// Predicts the published measurements, each by four fifths that it is not in. Rows of one measurement are in the same fifth.
 pub fn cross_validate() -> Vec<Outcome> {
-    let (cases, learned) = (calibration::published(), calibration::learned());
+    let (cases, learned) = (calibration::known(), calibration::learned());
     let all: Vec<&Case> = cases.iter().collect();
     let part = |measurement: &usize| (random::uniform(SEED, *measurement as u64) * PARTS) as usize;
     let parts: Vec<usize> = calibration::same_measurements(&all).iter().map(part).collect();

@@ -7,11 +7,11 @@ use serde::Serialize;
 
 use super::ops::OpOutcome;
 use super::outcome::{Outcome, Ranking, cross_validate, predict};
-use super::physics::Skipped;
 use super::score::{Pair, Score};
-use super::served::ServedFile;
 use super::{ops, page};
 use crate::PlannerError;
+use crate::calibration::case::Skipped;
+use crate::calibration::served::ServedFile;
 
 /// Predictions beside measurements.
 #[derive(Clone, Debug, Default, Serialize)]

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::predict::Estimate;
+use crate::estimate::Estimate;
 
 /// A measurement and its prediction, seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

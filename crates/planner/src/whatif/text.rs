@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Bound, Change, Explained};
-use crate::predict::Estimate;
+use crate::estimate::Estimate;
 use crate::report::format::{integer, number, percent, seconds};
 
 impl fmt::Display for Explained {

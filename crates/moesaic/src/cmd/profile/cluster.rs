@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use moesaic_device::Machine as Detected;
 use moesaic_engine::probe::{Effort, Probe, Prober, Transport, measure_send_receive};
 use moesaic_planner::machine::Machine;
+use moesaic_planner::network::LinkKind;
 use moesaic_planner::network::LinkRow;
-use moesaic_planner::profile::LinkKind;
 use moesaic_spec::{Bytes, DType};
 
 use super::table::Origin;

@@ -6,7 +6,8 @@ use moesaic_engine::probe::{
     Batch, Effort, Probe, Prober, Timing, Transport, measure_all_reduce, measure_send_receive,
 };
 use moesaic_planner::cost::{Op, Precision};
-use moesaic_planner::profile::{Link, LinkKind, Wanted};
+use moesaic_planner::network::LinkKind;
+use moesaic_planner::profile::{Link, Wanted};
 use moesaic_spec::{Activation, DType};
 
 /// One row to measure: an op, or a link by one transport.

@@ -6,8 +6,8 @@ use moesaic_spec::Bytes;
 
 use super::super::format::{integer, number, percent, seconds};
 use super::{Planning, Proposal};
+use crate::estimate::Estimate;
 use crate::memory::Memory;
-use crate::predict::Estimate;
 
 pub(super) fn render(planning: &Planning) -> String {
     let mut text = String::new();

@@ -1,7 +1,7 @@
 //! Rows of measurements of served models: which program served which model how, and what users saw.
 
-use super::csv::{Record, Table};
 use crate::PlannerError;
+use crate::csv::{Record, Table};
 
 /// Ranks that serve together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

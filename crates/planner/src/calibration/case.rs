@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use moesaic_plan::plan::{ExchangePrecision, Overlap};
 use moesaic_spec::{Cluster, HubModel, LinkClass, ModelSpec, cluster_preset, preset_by_hub_name};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::served::{Deployment, Served, Worker};
 use crate::PlannerError;
@@ -36,7 +36,7 @@ pub struct Case {
 }
 
 /// What physics says of a row.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Physics {
     /// Time to first token, seconds.
     pub ttft: f64,
@@ -56,6 +56,27 @@ pub struct Physics {
     pub least_tpot: f64,
     /// The same of [`Physics::ttft`], seconds.
     pub least_ttft: f64,
+}
+
+/// A case without its row: what takes long to find out, and changes with prices only.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Asked {
+    params: (f64, f64),
+    formats: Formats,
+    physics: Physics,
+}
+
+impl Case {
+    /// What can be kept of it.
+    pub fn asked(&self) -> Asked {
+        Asked { params: self.params, formats: self.formats, physics: self.physics }
+    }
+
+    /// Again from what was kept. `None` for a row whose backend nobody knows.
+    pub fn again(row: Served, asked: &Asked) -> Option<Case> {
+        let Asked { params, formats, physics } = *asked;
+        Some(Case { stack: Stack::of(&row.backend)?, row, params, formats, physics })
+    }
 }
 
 /// Why a row is passed over.
@@ -101,9 +122,7 @@ pub fn cases(rows: &[Served]) -> Vec<Result<Case, Skipped>> {
             Iterations::new(&models[preset], cluster, formats, CostModel::new(&cluster.gpu, stack), network, None)
         });
         let physics = of_row(iterations, row).map_err(|error| error.to_string())?;
-        let counts = models[preset].counts();
-        let params = (counts.params_active as f64, counts.params_total as f64);
-        Ok(Case { row: row.clone(), stack, params, formats, physics })
+        Ok(Case { row: row.clone(), stack, params: iterations.params(), formats, physics })
     };
     let with_line =
         |(row, result): (&Served, Result<Case, String>)| result.map_err(|why| Skipped { line: row.line, why });
@@ -327,7 +346,6 @@ impl Case {
         kv_tokens: f64,
         serving: &Serving,
     ) -> Result<Case, PlannerError> {
-        let counts = iterations.model().counts();
         let cluster = &iterations.cluster().name;
         let system = SYSTEMS.iter().find(|(_, name)| cluster.starts_with(name)).map_or("", |(system, _)| system);
         let worker = Worker { tp: layout.tp, pp: layout.pp, dp: layout.dp, ep: layout.expert_ranks() };
@@ -350,7 +368,7 @@ impl Case {
                 tpot_s: None,
             },
             stack: iterations.stack(),
-            params: (counts.params_active as f64, counts.params_total as f64),
+            params: iterations.params(),
             formats: iterations.formats(),
             physics: Physics::of_serving(iterations, layout, requests, kv_tokens, serving)?,
         })
