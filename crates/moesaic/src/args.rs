@@ -166,6 +166,9 @@ pub(crate) struct PlanArgs {
     pub exact_exchange: bool,
     #[command(flatten)]
     pub pricing: PricingArgs,
+    /// Look for prompts and answers on GPUs of their own (disaggregated prefill and decoding), too.
+    #[arg(long, conflicts_with = "concurrency", help_heading = "Goals")]
+    pub disaggregate: bool,
     /// Plans of each frontier at most.
     #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Output")]
     pub top: u16,

@@ -50,7 +50,7 @@ fn the_best_plan_is_told_and_written() {
     let best = temp.path().join("plans/best.yaml");
     let explained = moesaic(&["explain", arg(&best)]).ok();
     assert!(explained.contains("predicted  TTFT "), "{explained}");
-    let strategy = temp.path().join("plans/ep.yaml");
+    let strategy = temp.path().join("plans/pp.yaml");
     assert!(moesaic(&["diff", arg(&best), arg(&strategy)]).ok().contains("prediction.tpot_ms.value"));
 }
 
@@ -76,6 +76,20 @@ fn a_cluster_grows_and_gpus_may_fail() {
     assert_eq!(json["best"]["plan"]["cluster"], "dgx-h100-x2");
     assert_eq!(json["tolerate_failures"], 1);
     moesaic(&["explain", arg(&temp.path().join("plans/best.yaml"))]).ok();
+}
+
+#[test]
+fn prompts_and_answers_may_have_gpus_of_their_own() {
+    let temp = temp();
+    let args = ["olmoe-1b-7b", "--cluster", "dgx-h100", "--gpus", "4", "--disaggregate"];
+    let text = plan(temp.path(), &args).ok();
+    assert!(text.contains("PROMPTS AND ANSWERS ON GPUS OF THEIR OWN"), "{text}");
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(temp.path().join("report.json")).unwrap()).unwrap();
+    assert!(json["pools"]["gpus"].as_u64().unwrap() <= 4, "{}", json["pools"]);
+    for name in ["prefill", "decode"] {
+        moesaic(&["explain", arg(&temp.path().join(format!("plans/{name}.yaml")))]).ok();
+    }
 }
 
 /// One sentence with the field, its value and what would be right.

@@ -4,7 +4,7 @@
 //! get a token, and prompts of those who are next are read beside them, as the scheduler does it (continuous batching,
 //! chunked prefill). [`simulate`](crate::simulate) drives that scheduler itself; this is its mean.
 
-use moesaic_spec::{Arrival, TokenRange, Workload};
+use moesaic_spec::{Arrival, LinkClass, TokenRange, Workload};
 use serde::{Deserialize, Serialize};
 
 use crate::PlannerError;
@@ -314,6 +314,16 @@ pub struct Pool<'l> {
     pub layout: &'l Layout,
     /// Workers.
     pub workers: f64,
+}
+
+/// Seconds that the keys and values of one prompt take from a rank that read it to one that answers, over the link of one GPU.
+///
+/// # Errors
+/// [`PlannerError`]: the model cannot be spread like this.
+pub fn transfer_s(iterations: &mut Iterations, answers: &Layout, requests: &Requests) -> Result<f64, PlannerError> {
+    let bytes = iterations.footprint(answers, requests.step_tokens)?.kv_bytes_per_token * requests.input;
+    let link = iterations.cluster().link(LinkClass::InterNode);
+    Ok(link.latency_s + bytes / link.bandwidth_per_gpu)
 }
 
 /// Prefill and decoding on workers of their own; `transfer_s` is what a prompt's keys and values take between them.

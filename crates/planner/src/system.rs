@@ -6,7 +6,7 @@ use crate::calibration::{Calibration, Target};
 use crate::cost::Stack;
 use crate::estimate::Estimate;
 use crate::iteration::{Iteration, Iterations, Layout};
-use crate::serving::{Requests, Serving};
+use crate::serving::{Pool, Requests, Serving};
 
 /// Who serves.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -49,14 +49,26 @@ impl System {
         match self {
             System::Unmeasured { ttft_sd, tpot_sd } => Ok(Seen::unmeasured(serving, ttft_sd, tpot_sd)),
             System::Measured => {
-                let case = Case::of_plan(iterations, layout, requests, kv_tokens, serving)?;
-                let of = |target| {
-                    let estimate = Calibration::published().predict(&case, target).at_least(target.least(&case));
-                    // What prices of measured GPUs err is among what the measurements show.
-                    if case.on_measured_system() { estimate } else { estimate.widened(price_sd(serving)) }
-                };
-                Ok(Seen { ttft: of(Target::Ttft), tpot: of(Target::Tpot) })
+                Ok(Seen::measured(&Case::of_plan(iterations, layout, requests, kv_tokens, serving)?, serving))
             }
+        }
+    }
+
+    /// What users see of workers that read and workers that answer.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn seen_of_pools(
+        self,
+        iterations: &mut Iterations,
+        prefill: Pool,
+        decode: Pool,
+        requests: &Requests,
+        serving: &Serving,
+    ) -> Result<Seen, PlannerError> {
+        match self {
+            System::Unmeasured { ttft_sd, tpot_sd } => Ok(Seen::unmeasured(serving, ttft_sd, tpot_sd)),
+            System::Measured => Ok(Seen::measured(&Case::of_pools(iterations, prefill, decode, requests)?, serving)),
         }
     }
 }
@@ -83,6 +95,16 @@ impl Seen {
             ttft: Estimate::new(serving.ttft, ttft_sd.hypot(own)),
             tpot: Estimate::new(serving.tpot, tpot_sd.hypot(own)),
         }
+    }
+
+    /// What measurements say of a deployment.
+    fn measured(case: &Case, serving: &Serving) -> Seen {
+        let of = |target: Target| {
+            let estimate = Calibration::published().predict(case, target).at_least(target.least(case));
+            // What prices of measured GPUs err is among what the measurements show.
+            if case.on_measured_system() { estimate } else { estimate.widened(price_sd(serving)) }
+        };
+        Seen { ttft: of(Target::Ttft), tpot: of(Target::Tpot) }
     }
 
     /// After a change that nobody measured: what the program adds to its iterations stays, and what it saves, it saves again.

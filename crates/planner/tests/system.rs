@@ -97,29 +97,28 @@ fn what_a_program_adds_stays_when_iterations_change() {
     }
 }
 
-/// The search promises what the prediction says, and keeps goals by it.
-#[test]
-fn the_best_plan_keeps_goals_as_users_see_them() {
-    let (model, cluster) = (model(), cluster(2));
-    let search = |goals| Search {
-        space: Space {
-            model: &model,
-            cluster: &cluster,
-            gpus: 16..=16,
-            compress: true,
-            uneven: false,
-            tolerate_failures: 0,
-        },
-        requests: requests(1.0),
-        longest: 1280.0,
+/// On all GPUs of a cluster.
+fn search<'a>(model: &'a ModelSpec, cluster: &'a Cluster, requests: Requests, goals: Goals) -> Search<'a> {
+    let gpus = cluster.num_gpus();
+    Search {
+        space: Space { model, cluster, gpus: gpus..=gpus, compress: true, uneven: false, tolerate_failures: 0 },
+        requests,
+        longest: requests.input + requests.output,
         goals,
         concurrencies: None,
         utilization: DEFAULT_UTILIZATION,
         prune: true,
-    };
+    }
+}
+
+/// The search promises what the prediction says, and keeps goals by it.
+#[test]
+fn the_best_plan_keeps_goals_as_users_see_them() {
+    let (model, cluster) = (model(), cluster(2));
     for (stack, tpot) in [(Stack::Sglang, 0.04), (Stack::Trtllm, 0.03), (Stack::Vllm, 0.05)] {
         let mut predictor = Predictor::new(&model, &cluster, stack, None);
-        let found = search(Goals { ttft: None, tpot: Some(tpot) }).run_seen(&mut predictor).unwrap();
+        let goals = Goals { ttft: None, tpot: Some(tpot) };
+        let found = search(&model, &cluster, requests(1.0), goals).run_seen(&mut predictor).unwrap();
         let best = found.best().expect("something keeps the goal");
         assert!(best.tpot <= tpot, "{stack:?}: {} for {tpot}", best.tpot);
         // Time that is left would be more requests: iterations get a goal that the program just keeps.
@@ -165,4 +164,32 @@ fn the_simulation_has_the_pace_of_the_program() {
     // What the program needs for a request beside its steps is in the first token's time.
     assert!(paced.ttft_s.mean > 0.9 * closed_paced.ttft_s.value, "{:?} {:?}", paced.ttft_s, closed_paced.ttft_s);
     assert!(paced.tokens_per_s < bare.tokens_per_s / factor * 1.02);
+}
+
+/// Prompts and answers on GPUs of their own: within the goals, on no more GPUs than there are, and with more readers where there
+/// is more to read.
+#[test]
+fn pools_share_gpus_by_what_there_is_to_do() {
+    let (model, cluster) = (model(), cluster(4));
+    let goals = Goals { ttft: Some(5.0), tpot: Some(0.05) };
+    for stack in [Stack::Sglang, Stack::Moesaic] {
+        let mut predictor = Predictor::new(&model, &cluster, stack, None);
+        let mut shares = Vec::new();
+        for (input, output) in [(512.0, 1024.0), (4096.0, 512.0)] {
+            let requests = Requests { input, output, ..requests(1.0) };
+            let pair = search(&model, &cluster, requests, goals).best_pair(&mut predictor).unwrap().expect("a pair");
+            assert!(pair.gpus() <= cluster.num_gpus(), "{pair:?}");
+            assert!(goals.missed_by(pair.seen.ttft.value, pair.seen.tpot.value) <= 1.0, "{pair:?}");
+            // Answers are no more than prompts that the readers read.
+            let layout = &pair.prefill.layout;
+            let batch = moesaic_planner::iteration::Batch::prefill(1.0, input);
+            let read_s = predictor.iterations.price(layout, &batch).unwrap().seconds;
+            let prompts_per_s = (layout.dp * pair.prefill.count) as f64 / read_s;
+            if stack == Stack::Moesaic {
+                assert!(pair.throughput / output <= 1.001 * prompts_per_s, "{pair:?}: {prompts_per_s}");
+            }
+            shares.push(pair.prefill.gpus() as f64 / pair.gpus() as f64);
+        }
+        assert!(shares[0] < shares[1], "{stack:?}: {shares:?}");
+    }
 }

@@ -73,7 +73,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     let mut predictor = Predictor::new(&model, &cluster, args.pricing.open(&cluster)?, args.pricing.load(&model)?);
     let assumptions = assumptions(args, &workload, predictor.system);
     let working = patiently(format!("searching plans of {model_name} on up to {most} GPUs …"));
-    let planning = Planning::new(&search, &mut predictor, &setting, assumptions)?;
+    let planning = Planning::new(&search, &mut predictor, &setting, assumptions, args.disaggregate)?;
     drop(working);
     match planning {
         Ok(planning) => write(args, &planning),
@@ -164,6 +164,10 @@ fn write(args: &PlanArgs, planning: &Planning) -> Result<()> {
             let name = verdict.strategy.replace('+', "-");
             save(args.output.join(format!("plans/{name}.yaml")), &proposal.plan.to_yaml())?;
         }
+    }
+    if let Some(pools) = &planning.pools {
+        save(args.output.join("plans/prefill.yaml"), &pools.prefill.to_yaml())?;
+        save(args.output.join("plans/decode.yaml"), &pools.decode.to_yaml())?;
     }
     match args.json {
         true => write!(stdout(), "{}", planning.to_json())?,

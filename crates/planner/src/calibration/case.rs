@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use moesaic_plan::plan::{ExchangePrecision, Overlap};
-use moesaic_spec::{Cluster, HubModel, LinkClass, ModelSpec, cluster_preset, preset_by_hub_name};
+use moesaic_spec::{Cluster, HubModel, ModelSpec, cluster_preset, preset_by_hub_name};
 use serde::{Deserialize, Serialize};
 
 use super::served::{Deployment, Served, Worker};
@@ -199,6 +199,11 @@ fn layout(worker: Worker, model: &ModelSpec, gpus_per_node: usize) -> Layout {
     }
 }
 
+/// A layout's sizes.
+fn worker(layout: &Layout) -> Worker {
+    Worker { tp: layout.tp, pp: layout.pp, dp: layout.dp, ep: layout.expert_ranks() }
+}
+
 /// Which ranks serve.
 #[derive(Clone, Copy, Debug)]
 pub enum Spread<'l> {
@@ -235,9 +240,7 @@ impl Physics {
                 Physics::of_serving(iterations, layout, requests, room, &serving)
             }
             Spread::Disaggregated { prefill, decode } => {
-                let bytes = footprint.kv_bytes_per_token * requests.input;
-                let link = cluster.link(LinkClass::InterNode);
-                let transfer = link.latency_s + bytes / link.bandwidth_per_gpu;
+                let transfer = serving::transfer_s(iterations, decode.layout, requests)?;
                 let serving = serving::disaggregated(iterations, prefill, decode, requests, transfer)?;
                 let groups = |pool: Pool| pool.workers * pool.layout.dp as f64;
                 let reading = Reading::of(iterations, prefill.layout, requests)?;
@@ -346,10 +349,31 @@ impl Case {
         kv_tokens: f64,
         serving: &Serving,
     ) -> Result<Case, PlannerError> {
+        let physics = Physics::of_serving(iterations, layout, requests, kv_tokens, serving)?;
+        Ok(Case::unmeasured(iterations, Deployment::Aggregated(worker(layout)), requests, physics))
+    }
+
+    /// The same of workers that read and workers that answer.
+    ///
+    /// # Errors
+    /// [`PlannerError`]: the model cannot be spread like this.
+    pub fn of_pools(
+        iterations: &mut Iterations,
+        prefill: Pool,
+        decode: Pool,
+        requests: &Requests,
+    ) -> Result<Case, PlannerError> {
+        let physics = Physics::of(iterations, Spread::Disaggregated { prefill, decode }, requests)?;
+        let workers = Some((prefill.workers as usize, decode.workers as usize));
+        let deployment =
+            Deployment::Disaggregated { prefill: worker(prefill.layout), decode: worker(decode.layout), workers };
+        Ok(Case::unmeasured(iterations, deployment, requests, physics))
+    }
+
+    fn unmeasured(iterations: &mut Iterations, deployment: Deployment, requests: &Requests, physics: Physics) -> Case {
         let cluster = &iterations.cluster().name;
         let system = SYSTEMS.iter().find(|(_, name)| cluster.starts_with(name)).map_or("", |(system, _)| system);
-        let worker = Worker { tp: layout.tp, pp: layout.pp, dp: layout.dp, ep: layout.expert_ranks() };
-        Ok(Case {
+        Case {
             row: Served {
                 line: 0,
                 id: String::new(),
@@ -360,7 +384,7 @@ impl Case {
                 system: system.to_owned(),
                 dense: String::new(),
                 experts: String::new(),
-                deployment: Deployment::Aggregated(worker),
+                deployment,
                 input: requests.input,
                 output: requests.output,
                 concurrency: requests.concurrency,
@@ -370,8 +394,8 @@ impl Case {
             stack: iterations.stack(),
             params: iterations.params(),
             formats: iterations.formats(),
-            physics: Physics::of_serving(iterations, layout, requests, kv_tokens, serving)?,
-        })
+            physics,
+        }
     }
 
     /// Whether GPUs of its kind were measured.

@@ -9,6 +9,7 @@ pub mod candidates;
 mod failures;
 pub mod file;
 pub mod frontier;
+pub mod pools;
 mod regret;
 mod seen;
 

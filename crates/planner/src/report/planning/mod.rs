@@ -15,6 +15,7 @@ use crate::calibration::Calibration;
 use crate::estimate::Estimate;
 use crate::predict::{Prediction, Predictor};
 use crate::search::file::{Limits, Names, plan_file};
+use crate::search::pools::{Pair, Workers};
 use crate::search::{Counts, Found, Goals, Podium, Point, Regret, Search, by_tpot, by_ttft, regret};
 use crate::serving::Requests;
 
@@ -50,6 +51,8 @@ pub struct Planning {
     pub ttft_frontier: Vec<Proposal>,
     /// Each strategy's best, and why it is not the best of all.
     pub strategies: Vec<Verdict>,
+    /// The best of prompts and answers on GPUs of their own, where that was looked for and something keeps the goals.
+    pub pools: Option<Pools>,
     /// How much was searched.
     pub counts: Counts,
     /// What all figures assume.
@@ -67,6 +70,31 @@ pub struct Proposal {
     pub prediction: Prediction,
     /// What limits it, in a sentence.
     pub binds: String,
+}
+
+/// Workers that read and workers that answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pools {
+    /// The plan of one worker that reads.
+    pub prefill: PlanFile,
+    /// How many of them.
+    pub prefill_workers: usize,
+    /// The plan of one worker that answers.
+    pub decode: PlanFile,
+    /// How many of them.
+    pub decode_workers: usize,
+    /// GPUs of all.
+    pub gpus: usize,
+    /// Requests at a time, of all.
+    pub concurrency: f64,
+    /// Time to first token, seconds.
+    pub ttft_s: Estimate,
+    /// Time per output token after the first, seconds.
+    pub tpot_s: Estimate,
+    /// Output tokens per second of all.
+    pub tokens_per_s: Estimate,
+    /// The same for each GPU.
+    pub tokens_per_s_gpu: Estimate,
 }
 
 /// A strategy's best.
@@ -110,6 +138,7 @@ impl Planning {
         predictor: &mut Predictor,
         setting: &Setting,
         assumptions: Vec<String>,
+        with_pools: bool,
     ) -> Result<Result<Planning, NoPlan>, PlannerError> {
         let found = search.run_seen(predictor)?;
         let mut propose = |point: &Point| Proposal::new(point, search, predictor, setting, &assumptions);
@@ -130,6 +159,8 @@ impl Planning {
         let frontier = of(by_tpot(&found.frontier))?;
         let ttft_frontier = of(by_ttft(&found.frontier))?;
         let strategies = verdicts(&found, search, &best, &mut propose)?;
+        let pair = if with_pools { search.best_pair(predictor)? } else { None };
+        let pools = pair.map(|pair| Pools::new(&pair, search, setting));
         Ok(Ok(Planning {
             version: VERSION,
             model: ModelFacts::of(setting.names.model, search.space.model),
@@ -144,6 +175,7 @@ impl Planning {
             frontier,
             ttft_frontier,
             strategies,
+            pools,
             counts: found.counts,
             assumptions,
         }))
@@ -166,6 +198,34 @@ impl Planning {
 
     pub(crate) fn title(&self) -> String {
         format!("{} on {}: the best plan", self.model.name, self.cluster.name)
+    }
+}
+
+impl Pools {
+    fn new(pair: &Pair, search: &Search, setting: &Setting) -> Pools {
+        let answering = pair.concurrency / pair.decode.count as f64 / pair.decode.layout.dp as f64;
+        let plan = |workers: &Workers, max_num_seqs: f64| {
+            let limits = Limits {
+                max_model_len: search.longest as usize,
+                max_num_seqs: max_num_seqs.ceil() as usize,
+                max_num_batched_tokens: search.requests.step_tokens as usize,
+                utilization: search.utilization,
+            };
+            plan_file(&workers.layout, search.space.model, &setting.names, &limits)
+        };
+        let tokens_per_s = Estimate::new(pair.throughput, pair.seen.tpot.sd());
+        Pools {
+            prefill: plan(&pair.prefill, 1.0),
+            prefill_workers: pair.prefill.count,
+            decode: plan(&pair.decode, answering),
+            decode_workers: pair.decode.count,
+            gpus: pair.gpus(),
+            concurrency: pair.concurrency,
+            ttft_s: pair.seen.ttft,
+            tpot_s: pair.seen.tpot,
+            tokens_per_s,
+            tokens_per_s_gpu: tokens_per_s.times(1.0 / pair.gpus() as f64),
+        }
     }
 }
 

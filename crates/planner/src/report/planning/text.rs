@@ -5,7 +5,7 @@ use std::fmt::Write;
 use moesaic_spec::Bytes;
 
 use super::super::format::{integer, number, percent, seconds};
-use super::{Planning, Proposal};
+use super::{Planning, Pools, Proposal};
 use crate::estimate::Estimate;
 use crate::memory::Memory;
 
@@ -80,6 +80,9 @@ fn write_all(w: &mut String, planning: &Planning) -> std::fmt::Result {
         }
         writeln!(w, "         {}", verdict.why)?;
     }
+    if let Some(pools) = &planning.pools {
+        write_pools(w, pools, best)?;
+    }
     writeln!(
         w,
         "\n{} layouts at one concurrency, {} of them priced.",
@@ -87,6 +90,25 @@ fn write_all(w: &mut String, planning: &Planning) -> std::fmt::Result {
         integer(counts.priced as u64)
     )?;
     planning.assumptions.iter().try_for_each(|sentence| writeln!(w, "- {sentence}"))
+}
+
+fn write_pools(w: &mut String, pools: &Pools, best: &Proposal) -> std::fmt::Result {
+    let rate = &pools.tokens_per_s_gpu;
+    let gain = 100.0 * (rate.value / best.prediction.tokens_per_s_gpu.value - 1.0);
+    writeln!(w, "\nPROMPTS AND ANSWERS ON GPUS OF THEIR OWN, {} GPUS", integer(pools.gpus as u64))?;
+    writeln!(
+        w,
+        "  {} × {} read, {} × {} answer",
+        pools.prefill_workers, pools.prefill.name, pools.decode_workers, pools.decode.name
+    )?;
+    let (by, than) = (number(gain.abs()), if gain < 0.0 { "fewer" } else { "more" });
+    writeln!(
+        w,
+        "  {} tokens/s and GPU, {by} % {than} than the best plan, with {} requests at a time",
+        of(rate, number),
+        integer(pools.concurrency as u64)
+    )?;
+    writeln!(w, "  TPOT {}, TTFT {}", of(&pools.tpot_s, seconds), of(&pools.ttft_s, seconds))
 }
 
 fn write_frontier(w: &mut String, frontier: &[Proposal]) -> std::fmt::Result {
