@@ -165,15 +165,13 @@ fn of_new_models(cases: &[Case], learned: &Learned, target: Target) -> BTreeMap<
 impl Spread {
     /// From errors and the standard deviations that were expected.
     fn of(errors: &[(f64, f64)]) -> Spread {
-        // The ninth of ten.
-        let of_ten = |values: Vec<f64>| {
-            let mut values = values;
+        let covering = |mut values: Vec<f64>| {
             values.sort_by(f64::total_cmp);
-            values[(values.len() as f64 * 0.9) as usize]
+            values[(values.len() as f64 * COVERED) as usize]
         };
-        let factor = of_ten(errors.iter().map(|(error, sd)| error.abs() / NINETY / sd).collect()).min(1.0);
+        let factor = covering(errors.iter().map(|(error, sd)| error.abs() / NINETY / sd).collect()).min(1.0);
         let missing = |(error, sd): &(f64, f64)| ((error / NINETY).powi(2) - (factor * sd).powi(2)).max(0.0).sqrt();
-        Spread { factor, added: of_ten(errors.iter().map(missing).collect()) }
+        Spread { factor, added: covering(errors.iter().map(missing).collect()) }
     }
 
     /// The standard deviation that is to be expected.
@@ -239,6 +237,9 @@ pub struct Spread {
 
 /// Length scales where their search begins.
 const START_SCALE: f64 = 5.0;
+/// Share of errors that intervals are to hold where scales are learned with the rows in question, so that they hold nine of ten
+/// where they are not.
+const COVERED: f64 = 0.92;
 /// Variance of what may be left over, by that of what the layers leave of measurements: a judgement that held-out rows agree to.
 const SPREAD: f64 = 4.0;
 
