@@ -6,7 +6,7 @@ use crate::calibration::{Calibration, Target};
 use crate::cost::Stack;
 use crate::estimate::Estimate;
 use crate::iteration::{Iteration, Iterations, Layout};
-use crate::serving::{Pool, Requests, Serving};
+use crate::serving::{Requests, Serving};
 
 /// Who serves.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -51,24 +51,6 @@ impl System {
             System::Measured => {
                 Ok(Seen::measured(&Case::of_plan(iterations, layout, requests, kv_tokens, serving)?, serving))
             }
-        }
-    }
-
-    /// What users see of workers that read and workers that answer.
-    ///
-    /// # Errors
-    /// [`PlannerError`]: the model cannot be spread like this.
-    pub fn seen_of_pools(
-        self,
-        iterations: &mut Iterations,
-        prefill: Pool,
-        decode: Pool,
-        requests: &Requests,
-        serving: &Serving,
-    ) -> Result<Seen, PlannerError> {
-        match self {
-            System::Unmeasured { ttft_sd, tpot_sd } => Ok(Seen::unmeasured(serving, ttft_sd, tpot_sd)),
-            System::Measured => Ok(Seen::measured(&Case::of_pools(iterations, prefill, decode, requests)?, serving)),
         }
     }
 }

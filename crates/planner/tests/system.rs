@@ -177,18 +177,22 @@ fn pools_share_gpus_by_what_there_is_to_do() {
         let mut shares = Vec::new();
         for (input, output) in [(512.0, 1024.0), (4096.0, 512.0)] {
             let requests = Requests { input, output, ..requests(1.0) };
-            let pair = search(&model, &cluster, requests, goals).best_pair(&mut predictor).unwrap().expect("a pair");
-            assert!(pair.gpus() <= cluster.num_gpus(), "{pair:?}");
+            let pair = search(&model, &cluster, requests, goals)
+                .best_pair(&mut predictor.iterations)
+                .unwrap()
+                .expect("a pair");
+            assert!(
+                pair.prefill.gpus() + pair.decode.gpus() <= pair.gpus && pair.gpus == cluster.num_gpus(),
+                "{pair:?}"
+            );
             assert!(goals.missed_by(pair.seen.ttft.value, pair.seen.tpot.value) <= 1.0, "{pair:?}");
             // Answers are no more than prompts that the readers read.
             let layout = &pair.prefill.layout;
             let batch = moesaic_planner::iteration::Batch::prefill(1.0, input);
             let read_s = predictor.iterations.price(layout, &batch).unwrap().seconds;
             let prompts_per_s = (layout.dp * pair.prefill.count) as f64 / read_s;
-            if stack == Stack::Moesaic {
-                assert!(pair.throughput / output <= 1.001 * prompts_per_s, "{pair:?}: {prompts_per_s}");
-            }
-            shares.push(pair.prefill.gpus() as f64 / pair.gpus() as f64);
+            assert!(pair.throughput / output <= 1.001 * prompts_per_s, "{pair:?}: {prompts_per_s}");
+            shares.push(pair.prefill.gpus() as f64 / pair.gpus as f64);
         }
         assert!(shares[0] < shares[1], "{stack:?}: {shares:?}");
     }

@@ -350,30 +350,9 @@ impl Case {
         serving: &Serving,
     ) -> Result<Case, PlannerError> {
         let physics = Physics::of_serving(iterations, layout, requests, kv_tokens, serving)?;
-        Ok(Case::unmeasured(iterations, Deployment::Aggregated(worker(layout)), requests, physics))
-    }
-
-    /// The same of workers that read and workers that answer.
-    ///
-    /// # Errors
-    /// [`PlannerError`]: the model cannot be spread like this.
-    pub fn of_pools(
-        iterations: &mut Iterations,
-        prefill: Pool,
-        decode: Pool,
-        requests: &Requests,
-    ) -> Result<Case, PlannerError> {
-        let physics = Physics::of(iterations, Spread::Disaggregated { prefill, decode }, requests)?;
-        let workers = Some((prefill.workers as usize, decode.workers as usize));
-        let deployment =
-            Deployment::Disaggregated { prefill: worker(prefill.layout), decode: worker(decode.layout), workers };
-        Ok(Case::unmeasured(iterations, deployment, requests, physics))
-    }
-
-    fn unmeasured(iterations: &mut Iterations, deployment: Deployment, requests: &Requests, physics: Physics) -> Case {
         let cluster = &iterations.cluster().name;
         let system = SYSTEMS.iter().find(|(_, name)| cluster.starts_with(name)).map_or("", |(system, _)| system);
-        Case {
+        Ok(Case {
             row: Served {
                 line: 0,
                 id: String::new(),
@@ -384,7 +363,7 @@ impl Case {
                 system: system.to_owned(),
                 dense: String::new(),
                 experts: String::new(),
-                deployment,
+                deployment: Deployment::Aggregated(worker(layout)),
                 input: requests.input,
                 output: requests.output,
                 concurrency: requests.concurrency,
@@ -395,7 +374,7 @@ impl Case {
             params: iterations.params(),
             formats: iterations.formats(),
             physics,
-        }
+        })
     }
 
     /// Whether GPUs of its kind were measured.

@@ -8,10 +8,9 @@ use super::super::format::{escape, integer, number, percent, seconds};
 use super::super::html::{Plot, page, section};
 use super::super::plots::{self, Dot, Segment, bar};
 use super::super::tables::{Row, Table};
-use super::text::parts;
+use super::text::{gained, parts};
 use super::{Planning, Pools, Proposal};
 use crate::memory::Memory;
-use crate::predict::Prediction;
 
 const PARTS: [&str; 5] = ["p0", "p1", "p2", "p3", "p4"];
 
@@ -27,7 +26,7 @@ pub(super) fn render(planning: &Planning) -> String {
     );
     body += &section("strategies", &strategies(planning), &time_plot(planning));
     if let Some(pools) = &planning.pools {
-        body += &section("pools", &pools_table(planning, pools), "");
+        body += &section("pools", &pools_table(pools), "");
     }
     body += &section("memory", &memory_table(planning), &memory_plot(planning));
     body += &assumptions(planning);
@@ -174,31 +173,31 @@ fn strategies(planning: &Planning) -> Table {
 }
 
 /// The best of each strategy.
-/// The pair beside the best plan.
-fn pools_table(planning: &Planning, pools: &Pools) -> Table {
+/// Workers that read and workers that answer.
+fn pools_table(pools: &Pools) -> Table {
     let heads = ["workers", "plan", "tokens/s and GPU", "TPOT", "TTFT", "GPUs"];
-    let of = |cells: [String; 6], name: &str| Row { name: name.to_owned(), cells: cells.to_vec(), best: None };
+    let row = |name: &str, cells: [String; 6]| Row { name: name.to_owned(), cells: cells.to_vec(), best: None };
     let empty = String::new;
-    let read = [pools.prefill_workers.to_string(), pools.prefill.name.clone(), empty(), empty(), empty(), empty()];
-    let answer = [pools.decode_workers.to_string(), pools.decode.name.clone(), empty(), empty(), empty(), empty()];
-    let figures = |rate: f64, tpot: f64, ttft: f64, gpus: usize| {
-        [number(rate), seconds(tpot), seconds(ttft), integer(gpus as u64)]
+    let of = |name: &str, workers: usize, plan: &str| {
+        row(name, [workers.to_string(), plan.to_owned(), empty(), empty(), empty(), empty()])
     };
-    let told =
-        |workers: String, plan: String, [rate, tpot, ttft, gpus]: [String; 4]| [workers, plan, rate, tpot, ttft, gpus];
-    let both = figures(pools.tokens_per_s_gpu.value, pools.tpot_s.value, pools.ttft_s.value, pools.gpus);
-    let Prediction { tokens_per_s_gpu, tpot_s, ttft_s, gpus, .. } = &planning.best.prediction;
-    let best = figures(tokens_per_s_gpu.value, tpot_s.value, ttft_s.value, *gpus);
+    let all = [
+        empty(),
+        pools.gain.map_or_else(empty, gained),
+        number(pools.tokens_per_s_gpu.value),
+        seconds(pools.tpot_s.value),
+        seconds(pools.ttft_s.value),
+        integer(pools.gpus as u64),
+    ];
     Table {
         title: "Prompts and answers on GPUs of their own",
-        about: "Workers that read send keys and values to workers that answer. Nothing here runs both kinds together yet: each plan \
-                runs by itself.",
+        about: "Workers that read send keys and values to workers that answer. Told by iterations alone, without what a program adds. \
+                Nothing here runs both kinds together yet: each plan runs by itself.",
         heads: heads.map(str::to_owned).to_vec(),
         rows: vec![
-            of(read, "read"),
-            of(answer, "answer"),
-            of(told(empty(), empty(), both), "together"),
-            of(told(planning.best.copies.to_string(), planning.best.plan.name.clone(), best), "the best plan"),
+            of("read", pools.prefill_workers, &pools.prefill.name),
+            of("answer", pools.decode_workers, &pools.decode.name),
+            row("together", all),
         ],
     }
 }

@@ -81,7 +81,7 @@ fn write_all(w: &mut String, planning: &Planning) -> std::fmt::Result {
         writeln!(w, "         {}", verdict.why)?;
     }
     if let Some(pools) = &planning.pools {
-        write_pools(w, pools, best)?;
+        write_pools(w, pools)?;
     }
     writeln!(
         w,
@@ -92,23 +92,33 @@ fn write_all(w: &mut String, planning: &Planning) -> std::fmt::Result {
     planning.assumptions.iter().try_for_each(|sentence| writeln!(w, "- {sentence}"))
 }
 
-fn write_pools(w: &mut String, pools: &Pools, best: &Proposal) -> std::fmt::Result {
-    let rate = &pools.tokens_per_s_gpu;
-    let gain = 100.0 * (rate.value / best.prediction.tokens_per_s_gpu.value - 1.0);
+fn write_pools(w: &mut String, pools: &Pools) -> std::fmt::Result {
     writeln!(w, "\nPROMPTS AND ANSWERS ON GPUS OF THEIR OWN, {} GPUS", integer(pools.gpus as u64))?;
     writeln!(
         w,
         "  {} × {} read, {} × {} answer",
         pools.prefill_workers, pools.prefill.name, pools.decode_workers, pools.decode.name
     )?;
-    let (by, than) = (number(gain.abs()), if gain < 0.0 { "fewer" } else { "more" });
     writeln!(
         w,
-        "  {} tokens/s and GPU, {by} % {than} than the best plan, with {} requests at a time",
-        of(rate, number),
+        "  {} tokens/s and GPU, with {} requests at a time",
+        of(&pools.tokens_per_s_gpu, number),
         integer(pools.concurrency as u64)
     )?;
-    writeln!(w, "  TPOT {}, TTFT {}", of(&pools.tpot_s, seconds), of(&pools.ttft_s, seconds))
+    writeln!(w, "  TPOT {}, TTFT {}", of(&pools.tpot_s, seconds), of(&pools.ttft_s, seconds))?;
+    match pools.gain {
+        Some(gain) => writeln!(w, "  {}", gained(gain)),
+        None => Ok(()),
+    }
+}
+
+/// Pools against ranks that do both.
+pub(super) fn gained(gain: f64) -> String {
+    let than = if gain < 0.0 { "fewer" } else { "more" };
+    format!(
+        "{} % {than} than the best ranks that do both, all told by iterations, without what a program adds",
+        number(100.0 * gain.abs())
+    )
 }
 
 fn write_frontier(w: &mut String, frontier: &[Proposal]) -> std::fmt::Result {
