@@ -14,6 +14,7 @@ use moesaic_spec::{Capacity, Ffn, GenerationConfig, ModelSpec};
 use moesaic_text::{Tokenizer, TokenizerFiles};
 
 use crate::args::{LoadFormat, ModelArgs};
+use crate::plans::EMBEDDED;
 use crate::progress;
 
 /// The small trained model that the binary carries.
@@ -167,10 +168,12 @@ impl OpenModel {
     }
 }
 
-/// The description behind a preset's name, a model folder, a config file, or (without a name) the model inside.
+/// The description behind a preset's name, a model folder, a config file, or (without a name, or by the one that plans have for
+/// it) the model inside.
 pub(crate) fn named_spec(name: Option<&Path>) -> Result<(String, ModelSpec)> {
     match name {
         None => Ok((embedded::NAME.to_string(), OpenModel::embedded()?.spec)),
+        Some(path) if path == Path::new(EMBEDDED) => Ok((EMBEDDED.to_owned(), OpenModel::embedded()?.spec)),
         Some(path) => Ok((path.display().to_string(), spec_of(path)?)),
     }
 }

@@ -15,7 +15,7 @@ use crate::folder::named_spec;
 /// A description larger than this is not one.
 const MAX_BYTES: u64 = 64 << 20;
 /// What plan files call the model inside the binary.
-const EMBEDDED: &str = "tiny-moe";
+pub(crate) const EMBEDDED: &str = "tiny-moe";
 
 /// What a plan file calls the model of these flags.
 pub(crate) fn model_name(args: &ModelArgs) -> String {
@@ -29,8 +29,7 @@ pub(crate) fn read(path: &Path) -> Result<PlanFile> {
 
 /// The description of the model that a plan file names.
 pub(crate) fn spec_of(file: &PlanFile) -> Result<ModelSpec> {
-    let name = (file.model != EMBEDDED).then(|| Path::new(&file.model));
-    Ok(named_spec(name)?.1)
+    Ok(named_spec(Some(Path::new(&file.model)))?.1)
 }
 
 /// These flags with the model that a plan file names. One that was named beside the file must be the same.

@@ -92,6 +92,14 @@ fn prompts_and_answers_may_have_gpus_of_their_own() {
     }
 }
 
+#[test]
+fn the_model_inside_has_a_name() {
+    let temp = temp();
+    let json = plan(temp.path(), &["tiny-moe", "--cluster", "laptop", "--concurrency", "4", "--json"]).json();
+    assert_eq!(json["best"]["plan"]["model"], "tiny-moe");
+    moesaic(&["explain", arg(&temp.path().join("plans/best.yaml"))]).ok();
+}
+
 /// One sentence with the field, its value and what would be right.
 #[test]
 fn what_cannot_be_is_refused() {
