@@ -119,6 +119,12 @@ fn assumptions(args: &PlanArgs, workload: &Workload, system: System) -> Vec<Stri
         "uniform" => "All experts are equally popular; the fullest rank has what chance gives it.".to_owned(),
         routing => format!("Experts are loaded unevenly ({routing})."),
     };
+    let intervals = match system {
+        System::Measured => "Intervals hold 9 of 10 measured deployments that were held out.",
+        System::Unmeasured { .. } => {
+            "Intervals hold 9 of 10 systems, if prices of parts err independently and systems add what parts do not show."
+        }
+    };
     let system = match system {
         System::Measured => format!(
             "{} serves: its kernels, and what it was measured to add to them.",
@@ -146,8 +152,7 @@ fn assumptions(args: &PlanArgs, workload: &Workload, system: System) -> Vec<Stri
         prices,
         system,
         format!("{:.0} % of a GPU's memory may be used; {cache}.", 100.0 * DEFAULT_UTILIZATION),
-        "Intervals hold 9 of 10 systems, if prices of parts err independently and systems add what parts do not show."
-            .to_owned(),
+        intervals.to_owned(),
     ]
 }
 

@@ -50,11 +50,11 @@ pub(super) fn unit_seconds(gpu: &Gpu, op: &Op) -> f64 {
 impl Place<'_> {
     /// Names of the categories that the place is in.
     pub(super) fn categories(&self) -> [String; 3] {
-        [format!("device {}", self.device), self.library(), format!("precision {:?}", self.op.precision())]
+        [format!("device {}", self.device), self.kernels(), format!("precision {:?}", self.op.precision())]
     }
 
     /// The kernel, or whose it is where it has no name: a kernel's name says whose it is.
-    pub(super) fn library(&self) -> String {
+    pub(super) fn kernels(&self) -> String {
         if self.kernel.is_empty() { format!("stack {:?}", self.stack) } else { format!("kernel {}", self.kernel) }
     }
 

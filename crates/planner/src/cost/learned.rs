@@ -146,7 +146,7 @@ impl Network {
         if self.networks.is_empty() {
             String::new()
         } else {
-            format!("{}, {:?}", place.library(), place.op.precision())
+            format!("{}, {:?}", place.kernels(), place.op.precision())
         }
     }
 

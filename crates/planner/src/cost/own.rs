@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::op::{Op, Precision};
 use super::roofline;
 use super::table::Row;
+use crate::estimate::NINETY;
 use crate::price::{Price, Source};
 
 /// Length scales to the nearest row within which it speaks for an op.
@@ -27,8 +28,6 @@ const FEW_ROWS_SD: f64 = 0.2;
 const BEYOND_SD: f64 = 0.1;
 /// Medians are settled when they are this sure; no price is surer.
 const LEAST_SD: f64 = 0.01;
-/// Standard deviations on either side that hold 90 % of a normal distribution.
-const Z90: f64 = 1.645;
 
 /// What a machine's kernels take, op by op and type by type.
 #[derive(Debug)]
@@ -134,7 +133,7 @@ impl Fit {
             fit.left_out().iter().map(|(estimate, y)| (estimate.mean - y).abs() / estimate.sd.max(LEAST_SD)).collect();
         z.sort_by(f64::total_cmp);
         if let Some(z90) = z.get((z.len().saturating_sub(1) as f64 * 0.9).round() as usize) {
-            fit.widened = (z90 / Z90).max(1.0);
+            fit.widened = (z90 / NINETY).max(1.0);
         }
         fit
     }

@@ -7,6 +7,7 @@ use moesaic_fit::random;
 
 use super::learned::{Factors, Family, Fit, NEAR, Widening, by_family};
 use super::{CostModel, Learned, Op, Row, published, roofline};
+use crate::estimate::NINETY;
 
 /// Which rows are held out together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,9 +44,6 @@ impl HeldOut<'_> {
         (self.seconds / self.row.seconds).ln().abs() / self.sd
     }
 }
-
-/// Standard deviations on either side that hold 90 % of a normal distribution.
-const Z90: f64 = 1.645;
 
 /// Prices every row by a model that was learned from the other parts; what is held out together is in one part of `parts`.
 ///
@@ -102,7 +100,7 @@ fn shape(op: &Op) -> Vec<u64> {
 pub fn widenings(rows: &[HeldOut], shapes: &[HeldOut]) -> BTreeMap<Family, Widening> {
     let needed = |held_out: &[HeldOut], of: &dyn Fn(&HeldOut) -> bool| {
         let z: Vec<f64> = held_out.iter().filter(|held| of(held)).map(|held| held.z()).collect();
-        (!z.is_empty()).then(|| quantile(z, 0.9) / Z90)
+        (!z.is_empty()).then(|| quantile(z, 0.9) / NINETY)
     };
     let families: BTreeSet<Family> = rows.iter().map(|held| held.family).collect();
     let widening = |family| {
@@ -141,7 +139,7 @@ pub fn score<'a>(
     }
     let rows = held_out.len();
     let errors: Vec<f64> = held_out.iter().map(|held| held.error()).collect();
-    let inside = held_out.iter().filter(|held| held.z() <= Z90 * widenings[&held.family].at(held.distance)).count();
+    let inside = held_out.iter().filter(|held| held.z() <= NINETY * widenings[&held.family].at(held.distance)).count();
     let below = |held: &&&HeldOut| {
         let gpu = &published::device(&held.row.device).expect("a device with tables").gpu;
         held.seconds < roofline::bound(gpu, &held.row.op)

@@ -9,6 +9,7 @@ use super::curve::Tier;
 use super::fit;
 use super::kriging::{DIMS, Kriging, Scales};
 use super::published::{Measured, TABLES, Table};
+use crate::estimate::NINETY;
 
 /// Coordinates of an operation among the measured ones, logarithms of sizes.
 pub(super) const COORDINATES: usize = 5;
@@ -260,10 +261,8 @@ impl FittedCurve {
 
 /// Parts that are held out in turn.
 const PARTS: u64 = 5;
-/// Share of measurements that should be inside their interval, and how many standard deviations that is to each side of a
-/// normal variable.
+/// Share of measurements that should be inside their interval.
 const INSIDE: f64 = 0.9;
-const INSIDE_SD: f64 = 1.645;
 
 /// How far a price is from a measurement that it did not know.
 #[derive(Clone, Copy, Debug)]
@@ -299,7 +298,7 @@ fn widened(errors: &[HeldOut]) -> f64 {
     off.sort_by(f64::total_cmp);
     // One more than there are: the measurement to come counts, too.
     let place = ((off.len() as f64 + 1.0) * INSIDE).ceil() as usize;
-    off[place.min(off.len()) - 1] / INSIDE_SD
+    off[place.min(off.len()) - 1] / NINETY
 }
 
 fn point(coordinates: &[f64; COORDINATES], gpu: MeasuredGpu, version: Version) -> [f64; DIMS] {

@@ -7,14 +7,13 @@ use moesaic_spec::Link;
 use crate::PlannerError;
 use crate::cost::LeftOut;
 use crate::csv::Table;
+use crate::estimate::NINETY;
 use crate::price::{Price, Source};
 
 /// How much less sure a price is for each e-fold beyond the rows: a judgement.
 const BEYOND_SD: f64 = 0.1;
 /// Standard deviation of ln(time) among rows that are too few to tell it.
 const FEW_ROWS_SD: f64 = 0.2;
-/// Standard deviations on either side that hold 90 % of a normal distribution.
-const Z90: f64 = 1.645;
 
 /// What ranks do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -153,7 +152,7 @@ impl Line {
         let mut errors = line.left_out();
         errors.sort_by(f64::total_cmp);
         if let Some(p90) = errors.get(((errors.len() as f64 - 1.0) * 0.9).round() as usize) {
-            line.sd = p90 / Z90;
+            line.sd = p90 / NINETY;
         }
         line
     }

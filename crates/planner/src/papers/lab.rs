@@ -355,8 +355,7 @@ fn share(value: f64, sd: f64) -> Estimate {
 
 /// Standard deviation of an estimate's logarithm.
 fn ln_sd(estimate: &Estimate) -> f64 {
-    const NINETY: f64 = 1.645;
-    if estimate.low > 0.0 { (estimate.high / estimate.low).ln() / (2.0 * NINETY) } else { 0.0 }
+    if estimate.low > 0.0 { estimate.sd() } else { 0.0 }
 }
 
 /// What most of a step's time goes to.

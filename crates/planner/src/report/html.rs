@@ -93,16 +93,15 @@ fn tiles(comparison: &Comparison) -> String {
         };
         tiles.push(("Same tokens as one rank", format!("{same} of {compared}"), detail));
     }
-    let mut html = String::from("<ul class=\"tiles\">");
-    for (name, value, detail) in tiles {
-        let _ = write!(
-            html,
-            "<li><span>{name}</span><strong>{}</strong><span>{}</span></li>",
-            escape(&value),
-            escape(&detail)
-        );
-    }
-    html + "</ul>\n"
+    tile_list(&tiles)
+}
+
+/// Figures that are seen first: name, value, and what is said of it.
+pub(crate) fn tile_list(tiles: &[(&str, String, String)]) -> String {
+    let tile = |(name, value, detail): &(&str, String, String)| {
+        format!("<li><span>{name}</span><strong>{}</strong><span>{}</span></li>", escape(value), escape(detail))
+    };
+    format!("<ul class=\"tiles\">{}</ul>\n", tiles.iter().map(tile).collect::<String>())
 }
 
 /// A table with its plots; nothing where it has no rows.

@@ -260,10 +260,7 @@ impl SimulationReport {
             let detail = format!("{} % of requests: {}", percent(goodput.share), goals(&goodput.goals));
             tiles.push(("Goodput, requests/s", number(goodput.requests_per_s), detail));
         }
-        let tile = |(name, value, detail): (&str, String, String)| {
-            format!("<li><span>{name}</span><strong>{}</strong><span>{}</span></li>", escape(&value), escape(&detail))
-        };
-        format!("<ul class=\"tiles\">{}</ul>\n", tiles.into_iter().map(tile).collect::<String>())
+        html::tile_list(&tiles)
     }
 
     /// Share of requests (or tokens) within a time.

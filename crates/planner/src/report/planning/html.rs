@@ -5,7 +5,7 @@ use std::fmt::Write;
 use moesaic_spec::Bytes;
 
 use super::super::format::{escape, integer, number, percent, seconds};
-use super::super::html::{Plot, page, section};
+use super::super::html::{Plot, page, section, tile_list};
 use super::super::plots::{self, Dot, Segment, bar};
 use super::super::tables::{Row, Table};
 use super::text::{gained, parts};
@@ -26,7 +26,8 @@ pub(super) fn render(planning: &Planning) -> String {
     );
     body += &section("strategies", &strategies(planning), &time_plot(planning));
     if let Some(pools) = &planning.pools {
-        body += &section("pools", &pools_table(pools), "");
+        let gain = pools.gain.map_or_else(String::new, |gain| format!("<p class=\"about\">{}.</p>", gained(gain)));
+        body += &section("pools", &pools_table(pools), &gain);
     }
     body += &section("memory", &memory_table(planning), &memory_plot(planning));
     body += &assumptions(planning);
@@ -83,16 +84,7 @@ fn tiles(planning: &Planning) -> String {
         let detail = format!("lost on average if {} is the faster one after all", second.name());
         tiles.push(("Regret", format!("{} %", number(100.0 * regret.expected)), detail));
     }
-    let mut html = String::from("<ul class=\"tiles\">");
-    for (name, value, detail) in tiles {
-        let _ = write!(
-            html,
-            "<li><span>{name}</span><strong>{}</strong><span>{}</span></li>",
-            escape(&value),
-            escape(&detail)
-        );
-    }
-    html + "</ul>\n"
+    tile_list(&tiles)
 }
 
 fn frontier_table(frontier: &[Proposal]) -> Table {
@@ -183,7 +175,7 @@ fn pools_table(pools: &Pools) -> Table {
     };
     let all = [
         empty(),
-        pools.gain.map_or_else(empty, gained),
+        empty(),
         number(pools.tokens_per_s_gpu.value),
         seconds(pools.tpot_s.value),
         seconds(pools.ttft_s.value),
